@@ -1,0 +1,149 @@
+"""What can run here, which implementation was chosen, and why not a faster one.
+
+Three backends exist, fastest first: ``triton`` (kernels for GPUs), ``cpp`` (the native library for
+CPUs) and ``torch`` (plain PyTorch, which runs everywhere and is what the others are measured
+against). Every operation asks :func:`choose`, so the choice is made in one place and its reasons can
+be read by people (:func:`decoder_fast.DecoderSCVI.explain`, ``decoder-fast doctor``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["BACKENDS", "OPERATIONS", "Choice", "availability", "choose"]
+
+#: The operations, by the one name that each has in every part of the project.
+OPERATIONS = ("covariate_linear", "softmax_library", "count_nll")
+
+#: The backends, fastest first.
+BACKENDS = ("triton", "cpp", "torch")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that one operation takes, and the reason against each faster one.
+
+    Attributes
+    ----------
+    operation
+        Name of the operation, one of :data:`OPERATIONS`.
+    backend
+        The backend taken, one of :data:`BACKENDS`.
+    reasons
+        Why each faster backend was passed over: backend name to a sentence.
+    """
+
+    operation: str
+    backend: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.operation}: {self.backend}"]
+        lines += [f"    not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@functools.cache
+def _missing_triton() -> str | None:
+    """Why Triton cannot run at all on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton; Linux with a GPU only)"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def _missing_native() -> str | None:
+    """Why the native CPU library cannot be used, or None."""
+    from . import native
+
+    return native.reason()
+
+
+def availability() -> dict[str, str | None]:
+    """Say which backends can run on this machine.
+
+    Returns
+    -------
+    dict
+        For every backend None if it can run, else the reason why it cannot.
+    """
+    return {"triton": _missing_triton(), "cpp": _missing_native(), "torch": None}
+
+
+def _triton_reason(operation: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"its kernels run on CUDA devices, and the tensors are on '{device}'"
+    if (missing := _missing_triton()) is not None:
+        return missing
+    from .triton_kernels import OPERATIONS as kernels
+
+    return None if operation in kernels else f"this version has no Triton kernel for {operation}"
+
+
+def _cpp_reason(operation: str, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"its kernels run on the CPU, and the tensors are on '{device}'"
+    if (missing := _missing_native()) is not None:
+        return missing
+    from . import native
+
+    if operation in native.operations():
+        return None
+    return f"this version has no native CPU kernel for {operation}"
+
+
+_REASONS = {"triton": _triton_reason, "cpp": _cpp_reason}
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(operation: str, requested: str, device: torch.device) -> Choice:
+    if operation not in OPERATIONS:
+        raise ValueError(f"unknown operation {operation!r}; expected one of {OPERATIONS}")
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(
+            f"unknown backend {requested!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}"
+        )
+    reasons: dict[str, str] = {}
+    for backend in BACKENDS:
+        if requested not in ("auto", backend):
+            continue
+        reason = _REASONS[backend](operation, device) if backend in _REASONS else None
+        if reason is None:
+            return Choice(operation, backend, reasons)
+        reasons[backend] = reason
+    raise RuntimeError(
+        f"backend={requested!r} cannot run {operation} here: {reasons[requested]}. "
+        "Use backend='auto' to take the fastest one that can."
+    )
+
+
+def choose(operation: str, requested: str = "auto", *, device: torch.device) -> Choice:
+    """Choose the backend for one operation.
+
+    Parameters
+    ----------
+    operation
+        One of :data:`OPERATIONS`.
+    requested
+        ``"auto"`` for the fastest backend that can run, or the name of one that must be taken.
+    device
+        Device of the operation's tensors.
+
+    Returns
+    -------
+    Choice
+        The backend taken and the reasons against the faster ones.
+
+    Raises
+    ------
+    ValueError
+        If ``operation`` or ``requested`` is unknown.
+    RuntimeError
+        If the requested backend cannot run here; the message says why.
+    """
+    return _choose(operation, requested, device)

@@ -1,0 +1,433 @@
+"""``count_nll``: hidden units, heads, library and counts to one negative log-likelihood a cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..reference import count_nll as reference
+from ..reference.count_nll import Inputs
+from ..reference.counts import Counts, canonical_csr
+from ..reference.log_prob import LIKELIHOODS
+from ._common import (
+    check_floating,
+    check_labels,
+    check_shape,
+    check_together,
+    compute_dtype,
+    no_autocast,
+)
+from .softmax_library import check_scale_activation
+
+__all__ = ["count_nll"]
+
+_FORWARD = {"torch": reference.forward}
+_BACKWARD = {"torch": reference.backward}
+
+#: Inputs that can be differentiated, in the order of the operation's arguments.
+_DIFFERENTIABLE = (
+    "hidden",
+    "library",
+    "scale_weight",
+    "scale_bias",
+    "dropout_weight",
+    "dropout_bias",
+    "r_weight",
+    "r_bias",
+    "px_r",
+)
+
+
+def _inputs(
+    hidden: Tensor,
+    library: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor | None,
+    dropout_weight: Tensor | None,
+    dropout_bias: Tensor | None,
+    r_weight: Tensor | None,
+    r_bias: Tensor | None,
+    px_r: Tensor | None,
+    px_r_index: Tensor | None,
+    x: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    likelihood: str,
+    scale_activation: str,
+) -> Inputs:
+    counts = Counts(
+        x, crow, col, values, scale_weight.shape[0], signed=likelihood == "normal"
+    )
+    return Inputs(
+        hidden,
+        library,
+        scale_weight,
+        scale_bias,
+        dropout_weight,
+        dropout_bias,
+        r_weight,
+        r_bias,
+        px_r,
+        px_r_index,
+        counts,
+        likelihood,
+        scale_activation,
+    )
+
+
+def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    run = _FORWARD[choose("count_nll", backend, device=inputs.hidden.device).backend]
+    if inputs.px_r_index is not None:
+        assert inputs.px_r is not None
+        check_labels(inputs.px_r_index, inputs.px_r.shape[1], "px_r_index")
+    with no_autocast(inputs.hidden.device):
+        return run(inputs)
+
+
+def _backward(
+    inputs: Inputs,
+    grad: Tensor,
+    lse: Tensor,
+    usum: Tensor,
+    wanted: frozenset[str],
+    backend: str,
+) -> dict[str, Tensor]:
+    run = _BACKWARD[choose("count_nll", backend, device=inputs.hidden.device).backend]
+    with no_autocast(inputs.hidden.device):
+        return run(inputs, grad, lse, usum, wanted)
+
+
+class _CountNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
+        nll, lse, usum = _forward(_inputs(*args), backend)
+        ctx.save_for_backward(lse, usum, *args[:14])
+        ctx.static = (backend, args[14:])
+        return nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        backend, options = ctx.static
+        lse, usum, *tensors = ctx.saved_tensors
+        wanted = frozenset(
+            name
+            for name, need in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:10], strict=True)
+            if need
+        )
+        grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
+        return None, *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7
+
+
+@torch.library.custom_op("decoder_fast::count_nll", mutates_args=())
+def _op(
+    hidden: Tensor,
+    library: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor | None,
+    dropout_weight: Tensor | None,
+    dropout_bias: Tensor | None,
+    r_weight: Tensor | None,
+    r_bias: Tensor | None,
+    px_r: Tensor | None,
+    px_r_index: Tensor | None,
+    x: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    likelihood: str,
+    scale_activation: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(
+        _inputs(
+            hidden,
+            library,
+            scale_weight,
+            scale_bias,
+            dropout_weight,
+            dropout_bias,
+            r_weight,
+            r_bias,
+            px_r,
+            px_r_index,
+            x,
+            crow,
+            col,
+            values,
+            likelihood,
+            scale_activation,
+        ),
+        backend,
+    )
+
+
+@_op.register_fake
+def _(hidden: Tensor, library: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = hidden.shape[:2]
+    return hidden.new_empty(shape), hidden.new_empty(shape), hidden.new_empty(shape)
+
+
+@torch.library.custom_op("decoder_fast::count_nll_backward", mutates_args=())
+def _op_backward(
+    grad: Tensor,
+    lse: Tensor,
+    usum: Tensor,
+    hidden: Tensor,
+    library: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor | None,
+    dropout_weight: Tensor | None,
+    dropout_bias: Tensor | None,
+    r_weight: Tensor | None,
+    r_bias: Tensor | None,
+    px_r: Tensor | None,
+    px_r_index: Tensor | None,
+    x: Tensor | None,
+    crow: Tensor | None,
+    col: Tensor | None,
+    values: Tensor | None,
+    likelihood: str,
+    scale_activation: str,
+    backend: str,
+    wanted: str,
+) -> list[Tensor]:
+    inputs = _inputs(
+        hidden,
+        library,
+        scale_weight,
+        scale_bias,
+        dropout_weight,
+        dropout_bias,
+        r_weight,
+        r_bias,
+        px_r,
+        px_r_index,
+        x,
+        crow,
+        col,
+        values,
+        likelihood,
+        scale_activation,
+    )
+    names = wanted.split()
+    grads = _backward(inputs, grad, lse, usum, frozenset(names), backend)
+    return [grads[name] for name in names]
+
+
+@_op_backward.register_fake
+def _(grad: Tensor, lse: Tensor, usum: Tensor, *args: Any) -> list[Tensor]:
+    named = dict(zip(_DIFFERENTIABLE, args, strict=False))
+    return [torch.empty_like(named[name]) for name in args[-1].split()]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:], *inputs[:14])
+    ctx.options = inputs[14:]
+
+
+def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    lse, usum, *tensors = ctx.saved_tensors
+    wanted = [
+        name
+        for name, need in zip(_DIFFERENTIABLE, ctx.needs_input_grad[:9], strict=True)
+        if need
+    ]
+    results = _op_backward(grad, lse, usum, *tensors, *ctx.options, " ".join(wanted))
+    grads = dict(zip(wanted, results, strict=True))
+    return *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 8
+
+
+_op.register_autograd(_derive, setup_context=_setup)
+
+
+def _check_head(
+    name: str, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, int], hidden: Tensor
+) -> None:
+    if weight is not None:
+        check_shape(f"{name}_weight", weight, shape, "(genes, hidden units)")
+    if bias is not None:
+        if weight is None:
+            raise ValueError(f"{name}_bias was given without {name}_weight")
+        check_shape(f"{name}_bias", bias, shape[:1], "one number a gene")
+    check_floating(**{f"{name}_weight": weight, f"{name}_bias": bias})
+    check_together("hidden", hidden, **{f"{name}_weight": weight, f"{name}_bias": bias})
+
+
+def check_likelihood(likelihood: str) -> None:
+    """Refuse an unknown likelihood."""
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"likelihood={likelihood!r} is unknown; expected one of "
+            + ", ".join(map(repr, LIKELIHOODS))
+        )
+
+
+def _prepare_counts(x: Tensor, n_cells: int, n_genes: int, hidden: Tensor) -> tuple[Any, ...]:
+    """Check the counts; return them as (dense, crow, col, values)."""
+    if x.layout not in (torch.strided, torch.sparse_csr):
+        raise TypeError(f"x has layout {x.layout}, expected a dense tensor or torch.sparse_csr")
+    if x.dtype == torch.bool or x.dtype.is_complex:
+        raise TypeError(f"x has dtype {x.dtype}, expected counts of a real dtype")
+    if x.requires_grad:
+        raise ValueError("x requires grad, but counts are not differentiable: pass x.detach()")
+    check_shape("x", x, (n_cells, n_genes), f"{n_cells} cells and {n_genes} genes")
+    check_together("hidden", hidden, x=x)
+    if x.layout == torch.strided:
+        return x, None, None, None
+    return (None, *canonical_csr(x))
+
+
+def count_nll(
+    x: Tensor,
+    hidden: Tensor,
+    library: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor | None = None,
+    *,
+    likelihood: str = "zinb",
+    scale_activation: str = "softmax",
+    dropout_weight: Tensor | None = None,
+    dropout_bias: Tensor | None = None,
+    px_r: Tensor | None = None,
+    px_r_index: Tensor | None = None,
+    r_weight: Tensor | None = None,
+    r_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute the negative log-likelihood of counts from hidden units, without a cells x genes tensor.
+
+    The heads' products, the activation of the scale, the mean ``exp(library) * px_scale`` and the
+    log-likelihood are taken gene tile by gene tile and summed at once. Formulas: negative binomial
+    and zero-inflated negative binomial of Lopez et al. 2018 (Nat Methods 15:1053) with scvi-tools'
+    ``eps = 1e-8``; they hold for inverse dispersions from 1e-6 to 1e6 and beyond.
+
+    Parameters
+    ----------
+    x
+        Counts (N, G), dense of any real dtype or ``torch.sparse_csr``; non-negative, fractions allowed.
+        Any real value under ``likelihood="normal"``. Not differentiated.
+    hidden
+        Hidden units of the decoder, (N, H) or (S, N, H).
+    library
+        Natural logarithm of the library size: anything that broadcasts to (..., N, 1).
+    scale_weight, scale_bias
+        Scale head, (G, H) and (G,).
+    likelihood
+        ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
+    scale_activation
+        ``"softmax"`` (over genes) or ``"softplus"``.
+    dropout_weight, dropout_bias
+        Head of the dropout logits, (G, H) and (G,); required by ``"zinb"``, ignored by the others.
+    px_r
+        Log inverse dispersion (log standard deviation under ``"normal"``): (G,), or (G, n) with
+        ``px_r_index``.
+    px_r_index
+        Column of ``px_r`` for each cell, integer (N,) or (N, 1).
+    r_weight, r_bias
+        Head of the log inverse dispersion, (G, H) and (G,), in place of ``px_r``: 'gene-cell'.
+    backend
+        ``"auto"``, or the one implementation to take: ``"triton"``, ``"cpp"`` or ``"torch"``.
+
+    Returns
+    -------
+    Tensor
+        Negative log-likelihood of each cell in nats, (N,) or (S, N), float32 (float64 if ``hidden`` or
+        ``scale_weight`` is). A fresh tensor, differentiable once with respect to everything but ``x``.
+
+    Raises
+    ------
+    ValueError
+        If shapes or devices do not fit, a label is out of range, a count is negative or not a number,
+        or an option is unknown or missing.
+    TypeError
+        If an input has a dtype or layout that does not fit.
+    """
+    check_likelihood(likelihood)
+    check_scale_activation(scale_activation)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, expected (cells, hidden units) or "
+            "(samples, cells, hidden units)"
+        )
+    check_floating(hidden=hidden, library=library, px_r=px_r)
+    check_together("hidden", hidden, library=library, px_r=px_r, px_r_index=px_r_index)
+    n_cells, n_hidden = hidden.shape[-2:]
+    n_genes = scale_weight.shape[0]
+    if likelihood != "zinb":
+        dropout_weight = dropout_bias = None
+    if likelihood == "poisson":
+        r_weight = r_bias = px_r = px_r_index = None
+    head = (n_genes, n_hidden)
+    _check_head("scale", scale_weight, scale_bias, head, hidden)
+    _check_head("dropout", dropout_weight, dropout_bias, head, hidden)
+    _check_head("r", r_weight, r_bias, head, hidden)
+    if likelihood == "zinb" and dropout_weight is None:
+        raise ValueError("likelihood='zinb' needs dropout_weight, the head of the dropout logits")
+    if likelihood != "poisson" and (px_r is None) == (r_weight is None):
+        raise ValueError(
+            f"likelihood={likelihood!r} needs the dispersion either as px_r (log inverse dispersion "
+            "by gene) or as r_weight (its head, for 'gene-cell' dispersion), "
+            f"but {'neither' if px_r is None else 'both'} was given"
+        )
+    if px_r is not None:
+        if px_r_index is None:
+            check_shape("px_r", px_r, (n_genes,), "one number a gene, as no px_r_index was given")
+        else:
+            if px_r.dim() != 2 or px_r.shape[0] != n_genes:
+                raise ValueError(
+                    f"px_r has shape {tuple(px_r.shape)}, expected ({n_genes}, n): with px_r_index "
+                    "it is a table of genes x categories"
+                )
+            if px_r_index.is_floating_point() or px_r_index.dtype == torch.bool:
+                raise TypeError(f"px_r_index has dtype {px_r_index.dtype}, expected integers")
+            if px_r_index.shape not in ((n_cells,), (n_cells, 1)):
+                raise ValueError(
+                    f"px_r_index has shape {tuple(px_r_index.shape)}, expected ({n_cells},): one "
+                    "label a cell"
+                )
+            px_r_index = px_r_index.reshape(n_cells).long()
+    elif px_r_index is not None:
+        raise ValueError("px_r_index was given without px_r, the table that it looks up")
+    counts = _prepare_counts(x, n_cells, n_genes, hidden)
+
+    three_d = hidden.dim() == 3
+    samples = hidden if three_d else hidden[None]
+    try:
+        if library.shape[-1:] != (1,):
+            raise RuntimeError
+        library = library[..., 0].expand(samples.shape[:2])
+    except RuntimeError:
+        raise ValueError(
+            f"library has shape {tuple(library.shape)}, expected "
+            f"{(*hidden.shape[:-1], 1)} or something that broadcasts to it: one log library size a "
+            "cell"
+        ) from None
+    dtype = compute_dtype(hidden, scale_weight)
+    floats = (
+        samples,
+        library,
+        scale_weight,
+        scale_bias,
+        dropout_weight,
+        dropout_bias,
+        r_weight,
+        r_bias,
+        px_r,
+    )
+    args = (
+        *(None if t is None else t.to(dtype) for t in floats),
+        px_r_index,
+        *counts,
+        likelihood,
+        scale_activation,
+    )
+    if torch.compiler.is_compiling():
+        nll = _op(*args, backend)[0]
+    else:
+        nll = _CountNLL.apply(backend, *args)
+    return nll if three_d else nll.squeeze(0)

@@ -1,0 +1,485 @@
+"""``covariate_linear``: linear + covariate injection + norm + activation, one hidden layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from ..reference import covariate_linear as reference
+from ..reference.covariate_linear import ACTIVATIONS, Inputs
+from ._common import (
+    check_floating,
+    check_labels,
+    check_shape,
+    check_together,
+    compute_dtype,
+    no_autocast,
+)
+
+__all__ = ["covariate_linear"]
+
+_FORWARD = {"torch": reference.forward}
+_BACKWARD = {"torch": reference.backward}
+_DIFFERENTIABLE = ("x", "weight", "bias", "batch_norm_weight", "batch_norm_bias")
+
+
+def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = _FORWARD[choose("covariate_linear", backend, device=inputs.x.device).backend]
+    for k, (category, n_cat) in enumerate(zip(inputs.categories, inputs.n_cats, strict=True)):
+        if not category.is_floating_point():
+            check_labels(category, n_cat, f"category {k}")
+    with no_autocast(inputs.x.device):
+        return run(inputs)
+
+
+def _backward(
+    inputs: Inputs,
+    grad: Tensor,
+    out: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    wanted: frozenset[str],
+    backend: str,
+) -> dict[str, Tensor]:
+    run = _BACKWARD[choose("covariate_linear", backend, device=grad.device).backend]
+    with no_autocast(grad.device):
+        return run(inputs, grad, out, v, mean, var, wanted)
+
+
+class _CovariateLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        options: tuple[Any, ...],
+        n_cats: list[int],
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        batch_norm_weight: Tensor | None,
+        batch_norm_bias: Tensor | None,
+        *categories: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = Inputs(
+            x,
+            weight,
+            bias,
+            list(categories),
+            n_cats,
+            batch_norm_weight,
+            batch_norm_bias,
+            running_mean,
+            running_var,
+            *options,
+        )
+        out, v, mean, var = _forward(inputs, backend)
+        ctx.save_for_backward(
+            out, v, mean, var, x, weight, bias, batch_norm_weight, batch_norm_bias, *categories
+        )
+        ctx.static = (backend, options, n_cats)
+        ctx.mark_non_differentiable(mean, var)
+        return out, mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _mean: Any, _var: Any) -> Any:
+        backend, options, n_cats = ctx.static
+        out, v, mean, var, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
+        names = [*_DIFFERENTIABLE, *(f"categories.{k}" for k in range(len(categories)))]
+        wanted = frozenset(
+            name for name, need in zip(names, ctx.needs_input_grad[5:], strict=True) if need
+        )
+        # Running statistics are in (mean, var) where they were used.
+        inputs = Inputs(
+            x, weight, bias, categories, n_cats, bn_weight, bn_bias, None, None, *options
+        )
+        grads = _backward(inputs, grad, out, v, mean, var, wanted, backend)
+        return (None,) * 5 + tuple(grads.get(name) for name in names)
+
+
+@torch.library.custom_op("decoder_fast::covariate_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    categories: list[Tensor],
+    n_cats: list[int],
+    batch_norm_weight: Tensor | None,
+    batch_norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch_norm: bool,
+    batch_statistics: bool,
+    batch_norm_eps: float,
+    use_layer_norm: bool,
+    layer_norm_eps: float,
+    activation: str,
+    activation_parameter: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(
+        Inputs(
+            x,
+            weight,
+            bias,
+            categories,
+            n_cats,
+            batch_norm_weight,
+            batch_norm_bias,
+            running_mean,
+            running_var,
+            use_batch_norm,
+            batch_statistics,
+            batch_norm_eps,
+            use_layer_norm,
+            layer_norm_eps,
+            activation,
+            activation_parameter,
+        ),
+        backend,
+    )
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    categories: list[Tensor],
+    n_cats: list[int],
+    batch_norm_weight: Tensor | None,
+    batch_norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_batch_norm: bool,
+    batch_statistics: bool,
+    batch_norm_eps: float,
+    use_layer_norm: bool,
+    layer_norm_eps: float,
+    activation: str,
+    activation_parameter: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_samples, n_cells, _ = x.shape
+    n_hidden = weight.shape[0]
+    out = x.new_empty(n_samples, n_cells, n_hidden)
+    keeps = use_batch_norm or use_layer_norm or activation not in ("identity", "relu")
+    v = torch.empty_like(out) if keeps else x.new_empty(0)
+    if not use_batch_norm:
+        return out, v, x.new_empty(0), x.new_empty(0)
+    shape = (n_samples if batch_statistics else 1, n_hidden)
+    return out, v, x.new_empty(shape), x.new_empty(shape)
+
+
+@torch.library.custom_op("decoder_fast::covariate_linear_backward", mutates_args=())
+def _op_backward(
+    grad: Tensor,
+    out: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    categories: list[Tensor],
+    n_cats: list[int],
+    batch_norm_weight: Tensor | None,
+    batch_norm_bias: Tensor | None,
+    use_batch_norm: bool,
+    batch_statistics: bool,
+    batch_norm_eps: float,
+    use_layer_norm: bool,
+    layer_norm_eps: float,
+    activation: str,
+    activation_parameter: float,
+    backend: str,
+    wanted: str,
+) -> list[Tensor]:
+    inputs = Inputs(
+        x,
+        weight,
+        bias,
+        categories,
+        n_cats,
+        batch_norm_weight,
+        batch_norm_bias,
+        None,
+        None,
+        use_batch_norm,
+        batch_statistics,
+        batch_norm_eps,
+        use_layer_norm,
+        layer_norm_eps,
+        activation,
+        activation_parameter,
+    )
+    names = wanted.split()
+    grads = _backward(inputs, grad, out, v, mean, var, frozenset(names), backend)
+    return [grads[name] for name in names]
+
+
+@_op_backward.register_fake
+def _(
+    grad: Tensor,
+    out: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    categories: list[Tensor],
+    n_cats: list[int],
+    batch_norm_weight: Tensor | None,
+    batch_norm_bias: Tensor | None,
+    use_batch_norm: bool,
+    batch_statistics: bool,
+    batch_norm_eps: float,
+    use_layer_norm: bool,
+    layer_norm_eps: float,
+    activation: str,
+    activation_parameter: float,
+    backend: str,
+    wanted: str,
+) -> list[Tensor]:
+    named = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "batch_norm_weight": batch_norm_weight,
+        "batch_norm_bias": batch_norm_bias,
+        **{f"categories.{k}": category for k, category in enumerate(categories)},
+    }
+    return [torch.empty_like(named[name]) for name in wanted.split()]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, categories, n_cats, bn_weight, bn_bias, _, _, *options = inputs
+    ctx.save_for_backward(*output, x, weight, bias, bn_weight, bn_bias, *categories)
+    ctx.static = (n_cats, options)
+    ctx.n_categories = len(categories)
+
+
+def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    n_cats, options = ctx.static
+    out, v, mean, var, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    wanted = [
+        name
+        for name, position in zip(_DIFFERENTIABLE, (0, 1, 2, 5, 6), strict=True)
+        if need[position]
+    ]
+    wanted += [
+        f"categories.{k}" for k, category in enumerate(categories) if category.requires_grad
+    ]
+    results = _op_backward(
+        grad,
+        out,
+        v,
+        mean,
+        var,
+        x,
+        weight,
+        bias,
+        categories,
+        n_cats,
+        bn_weight,
+        bn_bias,
+        *options,
+        " ".join(wanted),
+    )
+    grads = dict(zip(wanted, results, strict=True))
+    return (
+        grads.get("x"),
+        grads.get("weight"),
+        grads.get("bias"),
+        [grads.get(f"categories.{k}") for k in range(ctx.n_categories)],
+        None,
+        grads.get("batch_norm_weight"),
+        grads.get("batch_norm_bias"),
+        *(None,) * (2 + len(options)),
+    )
+
+
+_op.register_autograd(_derive, setup_context=_setup)
+
+
+def covariate_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    categories: Sequence[Tensor] = (),
+    n_cats: Sequence[int] = (),
+    *,
+    use_batch_norm: bool = False,
+    batch_norm_weight: Tensor | None = None,
+    batch_norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.01,
+    batch_norm_eps: float = 1e-3,
+    use_layer_norm: bool = False,
+    layer_norm_eps: float = 1e-5,
+    activation: str = "relu",
+    activation_parameter: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute one hidden layer: linear + covariates + batch norm + layer norm + activation.
+
+    The product of a one-hot covariate with its weight columns is a lookup of those columns, so no
+    one-hot matrix is built. Norms and their order are those of scvi-tools' ``FCLayers``.
+
+    Parameters
+    ----------
+    x
+        (N, n_in) or (S, N, n_in), floating point.
+    weight
+        (H, n_in + sum(n_cats)), columns ``[x | category 1 | category 2 | ...]``.
+    bias
+        (H,), or None.
+    categories
+        For each covariate integer labels (N,) or (N, 1), or a floating-point (N, n_cats[k]) matrix
+        (one-hot or soft), shared by all samples.
+    n_cats
+        Number of categories of each covariate.
+    use_batch_norm, batch_norm_weight, batch_norm_bias, running_mean, running_var, momentum, \
+    batch_norm_eps
+        Batch norm over cells, as ``torch.nn.functional.batch_norm``; the parameters are (H,). In
+        training the running statistics are updated in place, once for each sample of a 3-D ``x``.
+    training
+        Whether batch norm uses the batch's own statistics. Without running statistics it always does.
+    use_layer_norm, layer_norm_eps
+        Layer norm over hidden units, without affine parameters.
+    activation
+        ``"identity"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"`` or ``"silu"``.
+    activation_parameter
+        Negative slope of ``"leaky_relu"``, alpha of ``"elu"``.
+    backend
+        ``"auto"``, or the one implementation to take: ``"triton"``, ``"cpp"`` or ``"torch"``.
+
+    Returns
+    -------
+    Tensor
+        (N, H) or (S, N, H), float32 (float64 if ``x`` or ``weight`` is). Differentiable once.
+
+    Raises
+    ------
+    ValueError
+        If shapes or devices do not fit, a label is out of range, an option is unknown, or batch norm
+        is to be trained on a single cell.
+    TypeError
+        If an input has a dtype that does not fit.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; expected one of {ACTIVATIONS}")
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (cells, n_in) or (samples, cells, n_in)"
+        )
+    check_floating(x=x, weight=weight, bias=bias)
+    if len(categories) != len(n_cats):
+        raise ValueError(f"got {len(categories)} categories, but {len(n_cats)} numbers of them")
+    n_cells, n_in = x.shape[-2:]
+    n_hidden = weight.shape[0]
+    check_shape(
+        "weight",
+        weight,
+        (n_hidden, n_in + sum(n_cats)),
+        f"{n_in} columns for x and {sum(n_cats)} for the categories",
+    )
+    dtype = compute_dtype(x, weight)
+    prepared = []
+    for k, (category, n_cat) in enumerate(zip(categories, n_cats, strict=True)):
+        if category.dim() == 2 and category.shape[1] == n_cat and n_cat > 1:
+            check_shape(f"category {k}", category, (n_cells, n_cat), "one row a cell")
+            category = category.to(dtype)
+        else:
+            if category.is_floating_point() or category.dtype == torch.bool:
+                raise TypeError(
+                    f"category {k} has dtype {category.dtype} and shape {tuple(category.shape)}; "
+                    f"expected integer labels (cells, 1), or a ({n_cells}, {n_cat}) one-hot matrix"
+                )
+            if category.shape not in ((n_cells,), (n_cells, 1)):
+                raise ValueError(
+                    f"category {k} has shape {tuple(category.shape)}, expected ({n_cells}, 1) "
+                    f"integer labels or a ({n_cells}, {n_cat}) one-hot matrix"
+                )
+            category = category.reshape(n_cells).long()
+        check_together("x", x, **{f"category {k}": category})
+        prepared.append(category)
+    check_together("x", x, weight=weight, bias=bias)
+    batch_statistics = use_batch_norm and (training or running_mean is None or running_var is None)
+    if batch_statistics and n_cells == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size "
+            f"{(n_cells, n_hidden)}: batch norm cannot be trained on a single cell "
+            "(drop the last, smaller mini-batch, or call .eval())"
+        )
+    samples = x.to(dtype) if x.dim() == 3 else x.to(dtype)[None]
+    options = (
+        use_batch_norm,
+        batch_statistics,
+        float(batch_norm_eps),
+        use_layer_norm,
+        float(layer_norm_eps),
+        activation,
+        float(activation_parameter),
+    )
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling():
+        out, _, mean, var = _op(
+            samples,
+            weight,
+            bias,
+            prepared,
+            list(n_cats),
+            batch_norm_weight,
+            batch_norm_bias,
+            running_mean,
+            running_var,
+            *options,
+            backend,
+        )
+    else:
+        out, mean, var = _CovariateLinear.apply(
+            backend,
+            options,
+            list(n_cats),
+            running_mean,
+            running_var,
+            samples,
+            weight,
+            bias,
+            batch_norm_weight,
+            batch_norm_bias,
+            *prepared,
+        )
+    if training and running_mean is not None and running_var is not None and use_batch_norm:
+        _update_running(running_mean, running_var, mean, var, momentum, n_cells)
+    return out if x.dim() == 3 else out[0]
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    n_cells: int,
+) -> None:
+    """Move the running statistics once for each sample, as stock batch norm does slice by slice."""
+    if momentum == 0 or n_cells == 0:
+        return
+    unbiased = var * (n_cells / (n_cells - 1))
+    for sample_mean, sample_var in zip(mean.unbind(), unbiased.unbind(), strict=True):
+        running_mean.mul_(1 - momentum).add_(sample_mean, alpha=momentum)
+        running_var.mul_(1 - momentum).add_(sample_var, alpha=momentum)

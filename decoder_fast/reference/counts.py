@@ -1,0 +1,167 @@
+"""Counts as the likelihood reads them: the non-zeros of a block of cells and genes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .log_prob import EPS
+
+
+class Counts:
+    """Cells x genes counts, dense or in compressed sparse rows.
+
+    Parameters
+    ----------
+    dense
+        ``(N, G)`` counts of any real dtype, or None.
+    crow, col, values
+        The parts of a canonical ``torch.sparse_csr`` matrix (see :func:`canonical_csr`), or None.
+    n_genes
+        Number of genes ``G``.
+    signed
+        Whether negative values are legal (they are under the normal likelihood).
+    """
+
+    def __init__(
+        self,
+        dense: Tensor | None,
+        crow: Tensor | None,
+        col: Tensor | None,
+        values: Tensor | None,
+        n_genes: int,
+        *,
+        signed: bool,
+    ) -> None:
+        self.dense = dense
+        self.n_genes = n_genes
+        self.signed = signed
+        if dense is None:
+            assert crow is not None and col is not None and values is not None
+            self.crow = crow.long()
+            self.col = col
+            self.values = values
+            rows = torch.arange(crow.numel() - 1, device=crow.device)
+            row = torch.repeat_interleave(rows, self.crow.diff(), output_size=col.numel())
+            self._key = row * n_genes + col  # ascending: rows ascend, and columns within a row
+
+    def block(self, n0: int, n1: int, g0: int, g1: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row, column (both from the block's corner) and value of the block's non-zeros.
+
+        Raises
+        ------
+        ValueError
+            If a count is negative or not a number.
+        """
+        if self.dense is not None:
+            tile = self.dense[n0:n1, g0:g1]
+            if not (tile.is_floating_point() or tile.dtype in _COMPARABLE):
+                tile = tile.long()
+            row, col = torch.nonzero(tile, as_tuple=True)
+            values = tile[row, col]
+        else:
+            device = self._key.device
+            first = torch.arange(n0, n1, device=device) * self.n_genes
+            low = torch.searchsorted(self._key, first + g0)
+            size = torch.searchsorted(self._key, first + g1) - low
+            total = int(size.sum())
+            row = torch.repeat_interleave(
+                torch.arange(n1 - n0, device=device), size, output_size=total
+            )
+            start = low - (size.cumsum(0) - size)
+            position = torch.arange(total, device=device) + start[row]
+            col = self.col[position].long() - g0
+            values = self.values[position]
+        return self._checked(row, col, values)
+
+    def _checked(self, row: Tensor, col: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if values.numel() == 0:
+            return row, col, values
+        if self.signed:
+            if values.is_floating_point():
+                _require(~values.isnan().any(), "the data hold NaN: remove or impute those cells")
+            return row, col, values
+        smallest = values.min()
+        # NaN compares false, so one comparison refuses both.
+        _require(
+            smallest >= 0,
+            "counts must be non-negative numbers, but a negative or NaN count was found: "
+            "pass raw counts (not scaled or log-normalised data)",
+        )
+        if values.device.type != "cpu" or smallest <= EPS:
+            # CSR may store zeros, and scvi-tools takes anything below 1e-8 for one.
+            kept = values > EPS
+            row, col, values = row[kept], col[kept], values[kept]
+        return row, col, values
+
+
+_COMPARABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raise ValueError unless ``condition``; on a GPU, assert there without waiting for it."""
+    if condition.device.type == "cpu":
+        if not bool(condition):
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
+
+
+def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a ``torch.sparse_csr`` matrix apart, checked and in canonical order.
+
+    Columns that are out of order within a row are sorted and duplicates are summed, as
+    ``x.to_dense()`` would. Sorted matrices without duplicates are not copied.
+
+    Parameters
+    ----------
+    x
+        ``(N, G)`` matrix with layout ``torch.sparse_csr``.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``crow`` (N + 1,), ``col`` (nnz,), ``values`` (nnz,).
+
+    Raises
+    ------
+    ValueError
+        If the indices do not fit the matrix's shape.
+    """
+    n_cells, n_genes = x.shape
+    crow, col, values = x.crow_indices(), x.col_indices(), x.values()
+    nnz = col.numel()
+    sizes = crow.diff()
+    fits = crow.numel() == n_cells + 1 and values.shape == (nnz,)
+    if fits:
+        ok = (crow[0] == 0) & (crow[-1] == nnz) & (sizes >= 0).all()
+        if nnz:
+            ok = ok & (col.min() >= 0) & (col.max() < n_genes)
+        if x.device.type == "cpu":
+            fits = bool(ok)
+        else:
+            torch._assert_async(ok, "the CSR counts' indices do not fit their shape")
+    if not fits:
+        raise ValueError(
+            f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their indices "
+            "do not fit that shape (row pointers must ascend from 0 to the number of values, columns "
+            f"must lie in 0..{n_genes - 1}); build them with "
+            "torch.sparse_csr_tensor(..., check_invariants=True) to find the fault"
+        )
+    if nnz < 2:
+        return crow, col, values
+    ascending = col.diff() > 0
+    row_starts = crow[1:-1]
+    row_starts = row_starts[(row_starts > 0) & (row_starts < nnz)].long()
+    ascending[row_starts - 1] = True
+    if not bool(ascending.all()):
+        rows = torch.repeat_interleave(
+            torch.arange(n_cells, device=x.device), sizes.long(), output_size=nnz
+        )
+        coo = torch.sparse_coo_tensor(
+            torch.stack([rows, col.long()]), values, (n_cells, n_genes), check_invariants=False
+        ).coalesce()
+        row, col = coo.indices()
+        values = coo.values()
+        crow = torch.searchsorted(row, torch.arange(n_cells + 1, device=x.device))
+    return crow, col, values

@@ -1,0 +1,254 @@
+"""One hidden layer: linear + covariate injection + norm + activation, in plain PyTorch.
+
+The one-hot product of an integer covariate is a lookup of weight columns, so neither the one-hot
+matrix nor the concatenation with it is ever built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Activations that the operation fuses; the parameter is the slope (leaky_relu) or alpha (elu).
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "elu", "gelu", "silu")
+
+
+@dataclass
+class Inputs:
+    """One layer; ``S`` samples of ``N`` cells.
+
+    ``x`` (S, N, n_in); ``weight`` (H, n_in + sum of n_cats), columns ``[x | category 1 | ...]``;
+    ``categories[k]`` (N,) int64 labels, or an (N, n_cats[k]) floating (one-hot or soft) matrix.
+    Batch norm runs if ``use_batch_norm``: over the cells of each sample if ``batch_statistics``, else
+    with ``running_mean`` and ``running_var``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    categories: list[Tensor]
+    n_cats: list[int]
+    batch_norm_weight: Tensor | None
+    batch_norm_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    use_batch_norm: bool
+    batch_statistics: bool
+    batch_norm_eps: float
+    use_layer_norm: bool
+    layer_norm_eps: float
+    activation: str
+    activation_parameter: float
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether anything stands between the linear map and the activation."""
+        return self.use_batch_norm or self.use_layer_norm
+
+
+def _activate(name: str, parameter: float, a: Tensor) -> Tensor:
+    if name == "relu":
+        return torch.relu(a)
+    if name == "leaky_relu":
+        return F.leaky_relu(a, parameter)
+    if name == "elu":
+        return F.elu(a, parameter)
+    if name == "gelu":
+        return F.gelu(a)
+    if name == "silu":
+        return F.silu(a)
+    return a
+
+
+def _activate_backward(name: str, parameter: float, grad: Tensor, a: Tensor) -> Tensor:
+    aten = torch.ops.aten
+    if name == "relu":
+        return aten.threshold_backward(grad, a, 0)
+    if name == "leaky_relu":
+        return aten.leaky_relu_backward(grad, a, parameter, False)
+    if name == "elu":
+        return aten.elu_backward(grad, parameter, 1.0, 1.0, False, a)
+    if name == "gelu":
+        return aten.gelu_backward(grad, a)
+    if name == "silu":
+        return aten.silu_backward(grad, a)
+    return grad
+
+
+def _columns(inputs: Inputs) -> list[tuple[Tensor, slice]]:
+    """Each category with the weight columns that belong to it."""
+    start = inputs.x.shape[-1]
+    columns = []
+    for category, n_cat in zip(inputs.categories, inputs.n_cats, strict=True):
+        columns.append((category, slice(start, start + n_cat)))
+        start += n_cat
+    return columns
+
+
+def _linear(inputs: Inputs) -> Tensor:
+    n_in = inputs.x.shape[-1]
+    out = F.linear(inputs.x, inputs.weight[:, :n_in], inputs.bias)
+    for category, columns in _columns(inputs):
+        weight = inputs.weight[:, columns]
+        if category.is_floating_point():
+            out += F.linear(category, weight)
+        else:
+            out += weight.index_select(1, category).t()
+    return out
+
+
+def _batch_norm(inputs: Inputs, v: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Normalise (S, N, H) by the statistics of each sample (S, H), or of all (1, H)."""
+    weight, bias, eps = inputs.batch_norm_weight, inputs.batch_norm_bias, inputs.batch_norm_eps
+    if mean.shape[0] == 1:
+        flat = F.batch_norm(v.flatten(0, 1), mean[0], var[0], weight, bias, False, 0.0, eps)
+        return flat.view_as(v)
+    return torch.stack(
+        [
+            F.batch_norm(s, m, r, weight, bias, False, 0.0, eps)
+            for s, m, r in zip(v, mean, var, strict=True)
+        ]
+    )
+
+
+def _pre_activation(inputs: Inputs, v: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    if inputs.use_batch_norm:
+        v = _batch_norm(inputs, v, mean, var)
+    if inputs.use_layer_norm:
+        v = F.layer_norm(v, v.shape[-1:], None, None, inputs.layer_norm_eps)
+    return v
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the layer.
+
+    Returns
+    -------
+    tuple of Tensor
+        Output (S, N, H); what the backward pass needs: the linear map's output (S, N, H), empty if the
+        output serves; mean and biased variance of the batch norm, (S, H), or (1, H) where the running
+        statistics are used, or empty without batch norm.
+    """
+    v = _linear(inputs)
+    mean = var = v.new_empty(0)
+    if inputs.use_batch_norm:
+        if inputs.batch_statistics:
+            var, mean = torch.var_mean(v, 1, correction=0)
+        else:
+            assert inputs.running_mean is not None and inputs.running_var is not None
+            # Copies: the caller may go on to update the running statistics.
+            mean, var = inputs.running_mean[None].clone(), inputs.running_var[None].clone()
+    out = _activate(
+        inputs.activation, inputs.activation_parameter, _pre_activation(inputs, v, mean, var)
+    )
+    if not inputs.has_norm and inputs.activation in ("identity", "relu"):
+        v = v.new_empty(0)
+    return out, v, mean, var
+
+
+def _batch_norm_backward(
+    inputs: Inputs, grad: Tensor, v: Tensor, mean: Tensor, var: Tensor, wanted: frozenset[str]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    weight_wanted = bool({"batch_norm_weight", "batch_norm_bias"} & wanted)
+    invstd = torch.rsqrt(var + inputs.batch_norm_eps)
+    if mean.shape[0] == 1:
+        pairs = [(grad.flatten(0, 1), v.flatten(0, 1), 0)]
+    else:
+        pairs = [(grad[s], v[s], s) for s in range(v.shape[0])]
+    d_v, d_weight, d_bias = [], None, None
+    for g, slice_v, s in pairs:
+        dv, dw, db = torch.ops.aten.native_batch_norm_backward(
+            g.contiguous(),
+            slice_v,
+            inputs.batch_norm_weight,
+            None if inputs.batch_statistics else mean[s],
+            None if inputs.batch_statistics else var[s],
+            mean[s],
+            invstd[s],
+            inputs.batch_statistics,
+            inputs.batch_norm_eps,
+            [True, weight_wanted, weight_wanted],
+        )
+        d_v.append(dv)
+        if weight_wanted:
+            d_weight = dw if d_weight is None else d_weight + dw
+            d_bias = db if d_bias is None else d_bias + db
+    out = d_v[0] if len(d_v) == 1 else torch.stack(d_v)
+    return out.view_as(v), d_weight, d_bias
+
+
+def backward(
+    inputs: Inputs,
+    grad: Tensor,
+    out: Tensor,
+    v: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    wanted: frozenset[str],
+) -> dict[str, Tensor]:
+    """Compute gradients.
+
+    Parameters
+    ----------
+    inputs
+        As in :func:`forward`.
+    grad
+        Gradient with respect to the layer's output, (S, N, H).
+    out, v, mean, var
+        As returned by :func:`forward`.
+    wanted
+        What to differentiate: names of fields of ``inputs``, and ``"categories.k"`` for the soft
+        matrix ``k``.
+
+    Returns
+    -------
+    dict
+        Gradient by name.
+    """
+    grads: dict[str, Tensor] = {}
+    v = v if v.numel() else out
+    after_batch_norm = _batch_norm(inputs, v, mean, var) if inputs.use_batch_norm else v
+    a = after_batch_norm
+    if inputs.use_layer_norm:
+        shape = list(v.shape[-1:])
+        a, ln_mean, ln_rstd = torch.native_layer_norm(
+            after_batch_norm, shape, None, None, inputs.layer_norm_eps
+        )
+    grad = _activate_backward(inputs.activation, inputs.activation_parameter, grad, a)
+    if inputs.use_layer_norm:
+        grad = torch.ops.aten.native_layer_norm_backward(
+            grad, after_batch_norm, shape, ln_mean, ln_rstd, None, None, [True, False, False]
+        )[0]
+    if inputs.use_batch_norm:
+        grad, d_weight, d_bias = _batch_norm_backward(inputs, grad, v, mean, var, wanted)
+        if d_weight is not None and d_bias is not None:
+            grads["batch_norm_weight"], grads["batch_norm_bias"] = d_weight, d_bias
+
+    n_in = inputs.x.shape[-1]
+    flat = grad.flatten(0, 1)
+    if "x" in wanted:
+        grads["x"] = (flat @ inputs.weight[:, :n_in]).view_as(inputs.x)
+    if "bias" in wanted:
+        grads["bias"] = flat.sum(0)
+    columns = _columns(inputs)
+    by_cell = grad.sum(0) if columns else grad  # every sample of a cell shares its covariates
+    if "weight" in wanted:
+        d_weight = torch.empty_like(inputs.weight)
+        torch.mm(flat.t(), inputs.x.flatten(0, 1), out=d_weight[:, :n_in])
+        for category, cols in columns:
+            if category.is_floating_point():
+                torch.mm(by_cell.t(), category, out=d_weight[:, cols])
+            else:
+                n_cat = cols.stop - cols.start
+                # A sum by segments: embedding's backward is deterministic on every device.
+                d_weight[:, cols] = torch.ops.aten.embedding_dense_backward(
+                    by_cell, category, n_cat, -1, False
+                ).t()
+        grads["weight"] = d_weight
+    for k, (_, cols) in enumerate(columns):
+        if f"categories.{k}" in wanted:
+            grads[f"categories.{k}"] = by_cell @ inputs.weight[:, cols]
+    return grads

@@ -1,0 +1,200 @@
+"""Count log-likelihoods of one element, and their derivatives, in forms that float32 can bear.
+
+Two halves, because counts are sparse. :func:`at_zero` is what an element costs where ``x = 0``: it
+is evaluated densely, in the dtype of its inputs. :func:`at_nonzero` holds the terms that need
+``x``: gamma functions and ``log(mu)``; it is evaluated at the non-zeros only, in float64 where
+the device has it.
+
+Symbols as in the project's notes: ``mu`` mean, ``theta`` inverse dispersion, ``d`` dropout logits,
+``t = theta + mu + eps``, ``v = mu / (theta + eps)``, ``q = v / (1 + v) = mu / t``. Negative binomial
+and zero-inflated negative binomial as in Lopez et al. 2018, Nat Methods 15:1053, with the epsilon
+of scvi-tools' ``log_nb_positive`` and ``log_zinb_positive``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-8
+LIKELIHOODS = ("nb", "zinb", "poisson", "normal")
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Terms(NamedTuple):
+    """Log-likelihood of each element and its derivatives; None where not asked for or absent."""
+
+    log_prob: Tensor | None
+    d_log_mu: Tensor | None  # with respect to log(mu)
+    d_log_theta: Tensor | None  # with respect to log(theta); of sigma for the normal distribution
+    d_dropout: Tensor | None  # with respect to the dropout logits
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _saturation_minus_log1p(v: Tensor) -> Tensor:
+    """``v / (1 + v) - log1p(v)``, without the cancellation that it has for small ``v``.
+
+    With ``y = v / (2 + v)`` it is ``-2 y^2 / (1 + y) - 2 (y^3/3 + y^5/5 + ...)``: terms of one sign.
+    """
+    y = v / (2 + v)
+    y2 = y * y
+    tail: Tensor | float = 0.0
+    for k in range(12 if v.dtype == torch.float64 else 6, 0, -1):  # y2 <= 0.04 where it is used
+        tail = tail * y2 + 1 / (2 * k + 1)
+    series = -2 * y2 * (1 / (1 + y) + y * tail)
+    small = torch.lt(v, 0.5, out=torch.empty_like(v))  # as 0 and 1: lerp is vectorised, where is not
+    return torch.lerp(v / (1 + v) - torch.log1p(v), series, small)
+
+
+def _stirling(v: Tensor) -> Tensor:
+    """``lgamma(v) - ((v - 1/2) log(v) - v + log(2 pi)/2)``, to 1e-15 for ``v > 30``."""
+    w = 1 / (v * v)
+    return (1 / 12 - w * (1 / 360 - w * (1 / 1260 - w * (1 / 1680 - w / 1188)))) / v
+
+
+def _digamma_tail(v: Tensor) -> Tensor:
+    """``digamma(v) - log(v)``, to 1e-15 for ``v > 30``."""
+    w = 1 / (v * v)
+    return -0.5 / v - w * (1 / 12 - w * (1 / 120 - w * (1 / 252 - w * (1 / 240 - w / 132))))
+
+
+_LARGE = 30.0  # from here on differences of gamma functions come from their asymptotic series
+
+
+def _log_gamma_ratio_less_log(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+    """``lgamma(x + theta) - lgamma(theta) - x log(t)``: the difference, never its large parts."""
+    large = theta > _LARGE
+    small_theta = theta.clamp(max=_LARGE)
+    exact = torch.lgamma(x + small_theta) - torch.lgamma(small_theta) - x * torch.log(t)
+    big_theta = theta.clamp(min=_LARGE)
+    n = x + big_theta
+    series = (
+        (big_theta - 0.5) * torch.log1p(x / big_theta)
+        - x
+        + x * torch.log1p((x + (theta - t)) / t)
+        + (_stirling(n) - _stirling(big_theta))
+    )
+    return torch.where(large, series, exact)
+
+
+def _digamma_difference(x: Tensor, theta: Tensor) -> Tensor:
+    """``digamma(x + theta) - digamma(theta)``."""
+    small_theta = theta.clamp(max=_LARGE)
+    exact = torch.digamma(x + small_theta) - torch.digamma(small_theta)
+    big_theta = theta.clamp(min=_LARGE)
+    series = torch.log1p(x / big_theta) + (_digamma_tail(x + big_theta) - _digamma_tail(big_theta))
+    return torch.where(theta > _LARGE, series, exact)
+
+
+def at_zero(
+    likelihood: str,
+    mu: Tensor,
+    theta: Tensor | None,
+    d: Tensor | None,
+    *,
+    eps: float = EPS,
+    log_prob: bool = True,
+    gradients: bool = True,
+) -> Terms:
+    """Evaluate elements whose count is zero.
+
+    Parameters
+    ----------
+    likelihood
+        One of :data:`LIKELIHOODS`.
+    mu, theta, d
+        Mean, inverse dispersion (standard deviation if ``likelihood`` is ``"normal"``) and dropout
+        logits, broadcastable; those that the likelihood lacks are None.
+    eps
+        Numerical constant of scvi-tools.
+    log_prob, gradients
+        Which of the terms to compute. Without ``gradients``, ``d_log_mu`` is computed all the same.
+    """
+    if likelihood == "poisson":
+        return Terms(-mu if log_prob else None, -mu, None, None)
+    assert theta is not None
+    if likelihood == "normal":
+        z2 = (mu / theta).square()
+        value = -0.5 * z2 - torch.log(theta) - _HALF_LOG_2PI if log_prob else None
+        return Terms(value, -z2, z2 - 1 if gradients else None, None)
+    theta_eps = theta + eps
+    v = mu / theta_eps
+    a = theta * torch.log1p(v)
+    q = mu / (theta_eps + mu)
+    d_log_mu = -theta * q
+    d_log_theta = None
+    if gradients:
+        d_log_theta = theta * (_saturation_minus_log1p(v) - (eps / theta_eps) * q)
+    if likelihood == "nb":
+        return Terms(-a if log_prob else None, d_log_mu, d_log_theta, None)
+    assert d is not None
+    s = -d - a
+    value = d_dropout = None
+    if log_prob:
+        # softplus(s) - softplus(-d), its linear parts subtracted before they are rounded
+        linear = torch.minimum(a, torch.relu(-d))
+        value = torch.log1p(torch.exp(-s.abs())) - torch.log1p(torch.exp(-d.abs())) - linear
+    sig_s = torch.sigmoid(s)
+    if gradients:
+        # sigmoid(-d) - sigmoid(s), as a product
+        d_dropout = -torch.sigmoid(-d) * torch.sigmoid(-s) * torch.expm1(-a)
+        assert d_log_theta is not None
+        d_log_theta = sig_s * d_log_theta
+    return Terms(value, sig_s * d_log_mu, d_log_theta, d_dropout)
+
+
+def at_nonzero(
+    likelihood: str,
+    x: Tensor,
+    log_mu: Tensor,
+    theta: Tensor | None,
+    d: Tensor | None,
+    *,
+    eps: float = EPS,
+    log_prob: bool = True,
+    gradients: bool = True,
+) -> Terms:
+    """Evaluate elements whose count is positive (any value for ``"normal"``).
+
+    Parameters as in :func:`at_zero`, with the counts ``x`` and the logarithm of the mean, which can
+    be exact where the mean itself underflows.
+    """
+    mu = torch.exp(log_mu)
+    if likelihood == "poisson":
+        value = x * log_mu - mu - torch.lgamma(x + 1) if log_prob else None
+        return Terms(value, x - mu, None, None)
+    assert theta is not None
+    if likelihood == "normal":
+        z = (x - mu) / theta
+        value = -0.5 * z * z - torch.log(theta) - _HALF_LOG_2PI if log_prob else None
+        return Terms(value, mu * z / theta, z * z - 1 if gradients else None, None)
+    theta_eps = theta + eps
+    t = theta_eps + mu
+    v = mu / theta_eps
+    value = d_log_theta = d_dropout = None
+    if log_prob:
+        value = (
+            x * torch.log(mu + eps)
+            - theta * torch.log1p(v)
+            + _log_gamma_ratio_less_log(x, theta, t)
+            - torch.lgamma(x + 1)
+        )
+        if d is not None:
+            value = value - F.softplus(d)
+    d_log_mu = mu * (x / (mu + eps) - (x + theta) / t)
+    if gradients:
+        d_log_theta = theta * (
+            (_saturation_minus_log1p(v) - (eps / theta_eps) * (mu / t))
+            + (_digamma_difference(x, theta) - x / t)
+        )
+        if d is not None:
+            d_dropout = -torch.sigmoid(d)
+    return Terms(value, d_log_mu, d_log_theta, d_dropout)
