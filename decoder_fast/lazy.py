@@ -1,0 +1,213 @@
+"""Tensors that are computed when something looks at their values.
+
+scvi-tools' models call the decoder, wrap its outputs in a distribution, and later ask that
+distribution for ``log_prob(x).sum(-1)``. A :class:`LazyTensor` stands in for an output in between: it
+has shape, dtype and device, and remembers what it would be computed from. Where only the summed
+log-likelihood is asked for, the cells x genes values are never computed. Anything else that touches
+a lazy tensor computes it first, so that code which knows nothing of it is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .ops._common import check_labels
+
+__all__ = ["LazyExp", "LazyExpanded", "LazyOneHots", "LazyRows", "LazyTensor"]
+
+_METADATA = frozenset(
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_mps", "is_sparse")
+    ]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__]
+)
+
+
+class LazyTensor(Tensor):
+    """A tensor of known shape, computed by :meth:`compute` when its values are first needed."""
+
+    _value: Tensor | None
+    _grad_enabled: bool
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, **fields: Any
+    ) -> LazyTensor:
+        """Create one; ``fields`` become attributes of the subclass."""
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self._value = None
+        self._grad_enabled = torch.is_grad_enabled()
+        self.__dict__.update(fields)
+        return self
+
+    def __init__(self, *_: Any, **__: Any) -> None:  # __new__ has done it
+        pass
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        raise NotImplementedError
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Answer ``func`` without the values, or return NotImplemented."""
+        return NotImplemented
+
+    def materialise(self) -> Tensor:
+        """Return the values as a plain tensor, computed once."""
+        if self._value is None:
+            with torch.set_grad_enabled(self._grad_enabled):
+                self._value = self.compute()
+        return self._value
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, LazyTensor):
+                answer = leaf.intercept(func, args, kwargs)
+                if answer is not NotImplemented:
+                    return answer
+        args, kwargs = tree_map(real, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Reached only by calls that skip __torch_function__.
+        args, kwargs = tree_map(real, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialise().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.materialise().__deepcopy__(memo)
+
+
+def real(value: Any) -> Any:
+    """Return the values of a lazy tensor, and anything else as it is."""
+    return value.materialise() if isinstance(value, LazyTensor) else value
+
+
+class LazyExpanded(LazyTensor):
+    """``source`` broadcast to a larger shape, ``source`` still at hand."""
+
+    source: Tensor
+
+    @classmethod
+    def of(cls, source: Tensor, shape: torch.Size) -> Tensor:
+        """Broadcast ``source``, unless it has that shape already."""
+        if source.shape == shape:
+            return source
+        return cls(shape, source.dtype, source.device, source=source)
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return real(self.source).expand(self.shape)
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Stay lazy in broadcasts."""
+        return broadcast(func, args)
+
+
+def broadcast(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Answer ``torch.broadcast_tensors`` lazily; NotImplemented for any other function."""
+    if func is not torch.broadcast_tensors:
+        return NotImplemented
+    shape = torch.broadcast_shapes(*(t.shape for t in args))
+    return [LazyExpanded.of(t, shape) for t in args]
+
+
+class LazyOneHot(LazyTensor):
+    """``one_hot(labels, n_cat)``, in any dtype."""
+
+    labels: Tensor
+    n_cat: int
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return torch.nn.functional.one_hot(self.labels, self.n_cat).to(self.dtype)
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Stay lazy when cast to float, and turn a linear map into a lookup."""
+        if func is Tensor.float:
+            return LazyOneHot(
+                self.shape, torch.float32, self.device, labels=self.labels, n_cat=self.n_cat
+            )
+        if func is torch.nn.functional.linear and len(args) == 2 and not kwargs:
+            table = args[1]
+            if args[0] is self and table.dim() == 2 and table.shape[1] == self.n_cat:
+                shape = (*self.labels.shape, table.shape[0])
+                return LazyRows(
+                    shape, table.dtype, table.device, table=table, labels=self.labels
+                )
+        return NotImplemented
+
+
+class LazyRows(LazyTensor):
+    """For each label its column of ``table`` (n, n_cat): ``linear(one_hot(labels), table)``."""
+
+    table: Tensor
+    labels: Tensor
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        check_labels(self.labels, self.table.shape[1], "label")
+        return real(self.table).t()[self.labels]
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Stay lazy under exp."""
+        return LazyExp.of(self) if func is torch.exp else NotImplemented
+
+
+class LazyExp(LazyTensor):
+    """``exp(source)``, ``source`` still at hand."""
+
+    source: LazyTensor
+
+    @classmethod
+    def of(cls, source: LazyTensor) -> LazyExp:
+        """Exponentiate."""
+        return cls(source.shape, source.dtype, source.device, source=source)
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return self.source.materialise().exp()
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Stay lazy in broadcasts."""
+        return broadcast(func, args)
+
+
+class LazyOneHots(TorchFunctionMode):
+    """While active, ``one_hot(labels, n)`` is lazy, so that a linear map of it becomes a lookup."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Make one-hot matrices lazy, and pass every other function on."""
+        if func is torch.nn.functional.one_hot and len(args) == 2 and not kwargs:
+            labels, n_cat = args
+            if type(labels) is Tensor and labels.dtype == torch.int64 and n_cat > 0:
+                return LazyOneHot(
+                    (*labels.shape, n_cat), torch.int64, labels.device, labels=labels, n_cat=n_cat
+                )
+        return func(*args, **(kwargs or {}))
