@@ -275,13 +275,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _what_ran(model: Any, settings: Settings) -> list[str]:
-    """Say which implementation each step of the decoder takes, in lines."""
+def _what_ran(model: Any, settings: Settings) -> list[dict[str, Any]]:
+    """Say which implementation each step of the decoder takes, and why not a faster one."""
     if not settings.fused:
-        return ["the decoder of scvi-tools (--no-fused)"]
+        return [{"step": "decoder", "backend": "scvi-tools", "reasons": {"fused": "--no-fused"}}]
     n_input = settings.n_latent + len(settings.keys.continuous)
     z = torch.zeros(settings.batch_size, n_input, device=model.device)
-    return str(model.module.decoder.explain(z, likelihood=settings.likelihood)).splitlines()
+    return [
+        {"step": step, **asdict(choice)}
+        for step, choice in model.module.decoder.explain(z, likelihood=settings.likelihood)
+    ]
 
 
 def _device_name(device: torch.device) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,3 +74,26 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative an error.
+
+    torch's decorator of this name lets the gradient pass for a constant where the upstream gradient
+    is one, so that a gradient penalty would silently be ignored.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        twice = torch.is_grad_enabled()
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if not twice:
+            return outputs
+        message = (
+            "decoder_fast's operations can be differentiated once, and this is a second derivative"
+        )
+        refuse = torch._C._functions.DelayedError(message, len(outputs))  # type: ignore[attr-defined]
+        return refuse(*(g if g is None else g.detach().requires_grad_() for g in outputs))
+
+    return wrapper

@@ -19,6 +19,7 @@ from ._common import (
     check_together,
     compute_dtype,
     no_autocast,
+    once_differentiable,
 )
 from .softmax_library import check_scale_activation
 
@@ -110,7 +111,7 @@ class _CountNLL(torch.autograd.Function):
         return nll
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         backend, options = ctx.static
         lse, usum, *tensors = ctx.saved_tensors

@@ -18,6 +18,7 @@ from ._common import (
     check_together,
     compute_dtype,
     no_autocast,
+    once_differentiable,
 )
 
 __all__ = ["covariate_linear"]
@@ -88,7 +89,7 @@ class _CovariateLinear(torch.autograd.Function):
         return out, mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _mean: Any, _var: Any) -> Any:
         backend, options, n_cats = ctx.static
         out, v, mean, var, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors

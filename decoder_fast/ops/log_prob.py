@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference.counts import Counts
 from ..reference.log_prob import EPS, at_nonzero, at_zero, wide_dtype
-from ._common import check_floating, check_together, no_autocast
+from ._common import check_floating, check_together, no_autocast, once_differentiable
 
 __all__ = ["nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
 
@@ -29,9 +29,10 @@ def _d_mu(
 ) -> Tensor:
     """Derivative with respect to the mean itself, finite at ``mu = 0`` where the limit is."""
     if likelihood == "poisson":
-        return torch.where(x > 0, x / mu, 0) - 1
+        return torch.where(x > 0, (x - mu) / mu, -1)
     assert theta is not None
-    d = x / (mu + eps) - (x + theta) / (theta + eps + mu)
+    # x / (mu + eps) - (x + theta) / t, whose parts cancel where x is close to mu
+    d = theta / (theta + eps + mu) * ((x - mu - eps) / (mu + eps))
     return d if weight is None else d * torch.where(x > EPS, 1, weight)
 
 
@@ -74,7 +75,7 @@ class _LogProb(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         likelihood, eps = ctx.options
         x, mu, theta, d = ctx.saved_tensors

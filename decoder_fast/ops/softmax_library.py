@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..reference import softmax_library as reference
-from ._common import check_floating, check_together, compute_dtype, no_autocast
+from ._common import check_floating, check_together, compute_dtype, no_autocast, once_differentiable
 
 __all__ = ["softmax_library"]
 
@@ -64,7 +64,7 @@ class _SoftmaxLibrary(torch.autograd.Function):
         return scale, rate
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_scale: Tensor | None, grad_rate: Tensor | None) -> Any:
         if grad_scale is None and grad_rate is None:
             return None, None, None, None

@@ -48,6 +48,11 @@ class Inputs:
         """Whether anything stands between the linear map and the activation."""
         return self.use_batch_norm or self.use_layer_norm
 
+    def named(self, name: str) -> Tensor:
+        """Return what ``wanted`` in :func:`backward` calls by this name."""
+        field, _, position = name.partition(".")
+        return self.categories[int(position)] if position else getattr(self, field)
+
 
 def _activate(name: str, parameter: float, a: Tensor) -> Tensor:
     if name == "relu":
@@ -208,6 +213,8 @@ def backward(
     dict
         Gradient by name.
     """
+    if grad.numel() == 0:  # no cells: torch's batch norm would divide by their number
+        return {name: torch.zeros_like(inputs.named(name)) for name in wanted}
     grads: dict[str, Tensor] = {}
     v = v if v.numel() else out
     after_batch_norm = _batch_norm(inputs, v, mean, var) if inputs.use_batch_norm else v

@@ -1,0 +1,60 @@
+"""What the tests share: stock scvi-tools, the backends that can run here, and hypothesis' settings."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from decoder_fast.backends import BACKENDS, OPERATIONS, choose
+
+# The same examples at every run, so that a failure is never a matter of luck; and no deadline,
+# because the first call of anything in torch is slow.
+hypothesis.settings.register_profile(
+    "decoder_fast", deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("decoder_fast")
+
+
+def _runnable(operation: str) -> list[str]:
+    """Backends that can run an operation on this machine's CPU."""
+    names = []
+    for name in BACKENDS:
+        try:
+            choose(operation, name, device=torch.device("cpu"))
+        except RuntimeError:
+            continue
+        names.append(name)
+    return names
+
+
+def pytest_report_header() -> list[str]:
+    """Say which backends are tested, and why the others are not."""
+    return [
+        line
+        for operation in OPERATIONS
+        for line in str(choose(operation, device=torch.device("cpu"))).splitlines()
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``backend`` on every backend of its module's ``OPERATION``."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _runnable(metafunc.module.OPERATION))
+
+
+@pytest.fixture(scope="session")
+def stock():
+    """scvi-tools' ``log_nb_positive`` and ``log_zinb_positive``."""
+    return pytest.importorskip(
+        "scvi.distributions._negative_binomial",
+        reason="scvi-tools is not installed: pip install 'decoder-fast[scvi]'",
+    )
+
+
+@pytest.fixture
+def dynamo():
+    """torch.compile without what earlier tests compiled."""
+    torch._dynamo.reset()
+    yield torch._dynamo
+    torch._dynamo.reset()
