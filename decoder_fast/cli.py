@@ -233,7 +233,9 @@ def _report(summary: dict[str, Any], out: Path) -> None:
         "training": f"{summary['epochs']} epochs in {summary['seconds']:.1f} s: "
         f"{summary['cells_per_second']:,.0f} cells per second",
         "device": summary["device"],
-        "ran": ", ".join(f"{step['step']}: {step['backend']}" for step in summary["ran"])
+        "ran": ", ".join(
+            f"{step.get('operation', step['step'])}: {step['backend']}" for step in summary["ran"]
+        )
         + f" ({SUMMARY} says why nothing faster)",
         "-ELBO": f"{final['elbo_train']:,.2f} train, {final['elbo_validation']:,.2f} validation "
         "(nats per cell)",

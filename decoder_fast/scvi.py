@@ -429,25 +429,21 @@ def fuse(model: _Model) -> _Model:
         If it is not a model, or has no ``scvi.nn.DecoderSCVI`` of scvi-tools' own class.
     """
     module = _modules(model)
-    owners = []
-    for owner in module.modules():
-        for child in owner.children():
-            if type(child) is scvi_nn.DecoderSCVI:
-                child.__class__ = FusedDecoderSCVI  # type: ignore[assignment]
-                _swap(child, {scvi_nn.FCLayers: FusedFCLayers})
-            if isinstance(child, FusedDecoderSCVI):
-                owners.append(owner)
-    if not owners and not isinstance(module, FusedDecoderSCVI):
+    parts = list(module.modules())
+    for part in parts:
+        if type(part) is scvi_nn.DecoderSCVI:
+            _swap(part, {scvi_nn.DecoderSCVI: FusedDecoderSCVI, scvi_nn.FCLayers: FusedFCLayers})
+    if not any(isinstance(part, FusedDecoderSCVI) for part in parts):
         decoders = {type(m).__name__ for n, m in module.named_modules() if "decoder" in n}
         raise TypeError(
             f"{type(model).__name__} has no scvi.nn.DecoderSCVI to fuse "
             f"(its decoders: {', '.join(sorted(decoders)) or 'none'})"
         )
-    for owner in owners:
-        stock = type(owner)
+    for owner in parts:
+        owns = any(isinstance(child, FusedDecoderSCVI) for child in owner.children())
         # Pyro's modules have another life cycle (and no generative to speak of): decoder only.
-        if hasattr(stock, "generative") and hasattr(stock, "loss") and not _is_fused(owner):
-            owner.__class__ = _fused_module_class(stock)  # type: ignore[assignment]
+        if owns and not _is_fused(owner) and hasattr(owner, "generative") and hasattr(owner, "loss"):
+            owner.__class__ = _fused_module_class(type(owner))
     return model
 
 

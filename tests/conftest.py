@@ -16,16 +16,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("decoder_fast")
 
 
-def _runnable(operation: str) -> list[str]:
-    """Backends that can run an operation on this machine's CPU."""
-    names = []
+def _split(operation: str) -> tuple[list[str], list[str]]:
+    """Backends that can run an operation on this machine's CPU, and those that cannot."""
+    can: list[str] = []
+    cannot: list[str] = []
     for name in BACKENDS:
         try:
             choose(operation, name, device=torch.device("cpu"))
         except RuntimeError:
-            continue
-        names.append(name)
-    return names
+            cannot.append(name)
+        else:
+            can.append(name)
+    return can, cannot
 
 
 def pytest_report_header() -> list[str]:
@@ -38,9 +40,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes ``backend`` on every backend of its module's ``OPERATION``."""
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", _runnable(metafunc.module.OPERATION))
+    """Run tests that take ``backend`` on every backend that can run the module's ``OPERATION``.
+
+    ``missing_backend`` stands for those that cannot: Triton's at least, as the tests run on the CPU.
+    """
+    for fixture, which in (("backend", 0), ("missing_backend", 1)):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, _split(metafunc.module.OPERATION)[which])
 
 
 @pytest.fixture(scope="session")

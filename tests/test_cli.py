@@ -76,7 +76,7 @@ def test_train(capsys, folder, atlas, scvi):
     assert {path.name for path in folder.iterdir()} == {"counts.h5ad", "results"}
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
     assert "layers['umi'] is CSC: converting it to CSR" in printed
-    for step in ("reading", "checking", "training", "cells per second", "px_rate: "):
+    for step in ("reading", "checking", "training", "cells per second", "count_nll: "):
         assert step in printed
 
     curve = pd.read_csv(out / "training.csv", index_col="epoch")

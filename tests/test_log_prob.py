@@ -129,14 +129,11 @@ def test_eps_is_that_of_stock(likelihood, eps, stock):
         assert reference64.error(ours[:, k], theirs[:, k]) < 1e-7
 
 
-log_uniform = st.floats(-1, 1).map
-
-
 @settings(max_examples=300)
 @given(
     likelihood=st.sampled_from(LIKELIHOODS),
     x=st.one_of(
-        st.integers(0, 30), st.integers(0, 1_000_000), st.floats(1e-3, 1e4, width=32)
+        st.integers(0, 30), st.integers(0, 1_000_000), st.floats(2**-10, 2**14, width=32)
     ),
     log_mu=st.floats(-27.6, 16.1),
     log_theta=st.floats(-13.8, 18.4),
@@ -308,7 +305,7 @@ def test_double_backward_is_refused(likelihood):
     x, parameters = sample(likelihood)
     mu = parameters["mu"].requires_grad_()
     (grad,) = torch.autograd.grad(OURS[likelihood](x, **parameters).sum(), mu, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
 
 

@@ -32,7 +32,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     run = _FORWARD[choose("softmax_library", backend, device=logits.device).backend]
     with no_autocast(logits.device):
-        return run(logits, library, scale_activation)
+        return run(logits.contiguous(), library.contiguous(), scale_activation)
 
 
 def _backward(
@@ -87,9 +87,7 @@ def _op(
 def _(
     logits: Tensor, library: Tensor, scale_activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(logits), logits.new_empty(
-        torch.broadcast_shapes(logits.shape, library.shape)
-    )
+    return logits.new_empty(logits.shape), logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("decoder_fast::softmax_library_backward", mutates_args=())
@@ -105,7 +103,7 @@ def _op_backward(
         grad_scale, grad_rate, scale, library, scale_activation, backend, True, True
     )
     assert d_logits is not None and d_library is not None
-    return d_logits, d_library
+    return d_logits.contiguous(), d_library.contiguous()
 
 
 @_op_backward.register_fake
@@ -117,7 +115,7 @@ def _(
     scale_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scale), torch.empty_like(library)
+    return scale.new_empty(scale.shape), library.new_empty(library.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

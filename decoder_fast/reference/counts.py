@@ -54,9 +54,7 @@ class Counts:
             If a count is negative or not a number.
         """
         if self.dense is not None:
-            tile = self.dense[n0:n1, g0:g1]
-            if not (tile.is_floating_point() or tile.dtype in _COMPARABLE):
-                tile = tile.long()
+            tile = _comparable(self.dense[n0:n1, g0:g1])
             row, col = torch.nonzero(tile, as_tuple=True)
             values = tile[row, col]
         else:
@@ -79,14 +77,15 @@ class Counts:
             return row, col, values
         if self.signed:
             if values.is_floating_point():
-                _require(~values.isnan().any(), "the data hold NaN: remove or impute those cells")
+                _require(~values.isnan().any(), "x holds NaN: remove or impute those cells")
             return row, col, values
         smallest = values.min()
         # NaN compares false, so one comparison refuses both.
         _require(
             smallest >= 0,
-            "counts must be non-negative numbers, but a negative or NaN count was found: "
+            "x holds a negative or NaN count, but counts must be non-negative numbers: "
             "pass raw counts (not scaled or log-normalised data)",
+            found=smallest,
         )
         if values.device.type != "cpu" or smallest <= EPS:
             # CSR may store zeros, and scvi-tools takes anything below 1e-8 for one.
@@ -95,14 +94,16 @@ class Counts:
         return row, col, values
 
 
-_COMPARABLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+def _comparable(counts: Tensor) -> Tensor:
+    """Widen the integers that torch can store but not compute with."""
+    return counts.long() if counts.dtype in (torch.uint16, torch.uint32, torch.uint64) else counts
 
 
-def _require(condition: Tensor, message: str) -> None:
+def _require(condition: Tensor, message: str, found: Tensor | None = None) -> None:
     """Raise ValueError unless ``condition``; on a GPU, assert there without waiting for it."""
     if condition.device.type == "cpu":
         if not bool(condition):
-            raise ValueError(message)
+            raise ValueError(message if found is None else f"{message} (found {found.item():g})")
     else:
         torch._assert_async(condition, message)
 
@@ -129,7 +130,7 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         If the indices do not fit the matrix's shape.
     """
     n_cells, n_genes = x.shape
-    crow, col, values = x.crow_indices(), x.col_indices(), x.values()
+    crow, col, values = x.crow_indices(), x.col_indices(), _comparable(x.values())
     nnz = col.numel()
     sizes = crow.diff()
     fits = crow.numel() == n_cells + 1 and values.shape == (nnz,)

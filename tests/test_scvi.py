@@ -1,0 +1,644 @@
+"""The bridge: scvi-tools' models, stock and fused, side by side."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+scvi = pytest.importorskip("scvi", reason="scvi-tools is what the bridge leads to")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import decoder_fast.nn as fast_nn  # noqa: E402
+from decoder_fast import fuse, fused, unfuse  # noqa: E402
+from decoder_fast.datasets import simulate_atlas  # noqa: E402
+from decoder_fast.scvi import FusedDecoderSCVI, FusedFCLayers  # noqa: E402
+
+SCVI = scvi.model.SCVI
+TRAIN = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of Lightning's advice on tiny data
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Lightning leaves its logs in the current folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    adata = simulate_atlas(n_cells=300, n_genes=200, n_batches=3, n_cell_types=3, seed=0)
+    adata.obs["label"] = adata.obs["cell_type"].astype(str)
+    adata.obs.loc[adata.obs_names[::3], "label"] = "unknown"
+    rng = np.random.default_rng(0)
+    adata.obs["size_factor"] = np.asarray(adata.X.sum(1)).ravel() / 100
+    adata.obs["percent_mito"] = rng.normal(size=adata.n_obs)
+    adata.obs["donor"] = [f"d{i}" for i in rng.integers(0, 4, adata.n_obs)]
+    return adata
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """Count the calls of the fused likelihood."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["likelihood"])
+        return original(*args, **kwargs)
+
+    original = fast_nn.count_nll
+    monkeypatch.setattr(fast_nn, "count_nll", counted)
+    return calls
+
+
+def scvi_model(atlas, setup=None, **kwargs):
+    adata = atlas.copy()
+    SCVI.setup_anndata(adata, batch_key="batch", labels_key="cell_type", **(setup or {}))
+    return SCVI(adata, **{"n_hidden": 32, **kwargs})
+
+
+def train_both(make, ask=None, train=None):
+    """Train stock and fused from one seed; return what ``ask(model)`` says of each."""
+    results = []
+    for change in (lambda model: model, fuse):
+        scvi.settings.seed = 0
+        model = change(make())
+        model.train(**TRAIN | (train or {}))
+        state = {k: v.clone() for k, v in model.module.state_dict().items()}
+        scvi.settings.seed = 1
+        results.append((model, state, None if ask is None else ask(model)))
+    return results
+
+
+def assert_states_agree(stock, ours, tolerance=1e-4):
+    """Parameters after two epochs: Adam turns the rounding of tiny gradients into whole steps, so
+    the norm of the difference is compared, tensor by tensor.
+    """
+    assert stock.keys() == ours.keys()
+    for name, value in stock.items():
+        assert value.dtype == ours[name].dtype
+        a, b = value.double(), ours[name].double()
+        assert (a - b).norm() <= tolerance * a.norm() + 1e-6, name
+
+
+def assert_close(a, b, tolerance=2e-5):
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    assert a.shape == b.shape
+    assert np.abs(a - b).max() <= tolerance * max(np.abs(a).max(), 1e-6)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
+@pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson", "normal"])
+def test_scvi_trains_alike(atlas, fused_calls, likelihood, dispersion):
+    def make():
+        return scvi_model(atlas, gene_likelihood=likelihood, dispersion=dispersion)
+
+    stock, ours = train_both(make, lambda model: float(model.get_elbo()))
+    assert set(fused_calls) == {likelihood}, "the fused likelihood was not taken"
+    tolerance = 2e-3 if likelihood == "normal" else 1e-4  # its raw gradients are 1e4 times larger
+    assert_states_agree(stock[1], ours[1], tolerance)
+    assert ours[2] == pytest.approx(stock[2], rel=1e-5)
+    for key in ("elbo_train", "reconstruction_loss_train", "kl_local_train"):
+        assert_close(stock[0].history[key], ours[0].history[key])
+
+
+@pytest.mark.parametrize(
+    ("setup", "kwargs"),
+    [
+        ({"size_factor_key": "size_factor"}, {}),  # softplus
+        ({}, {"use_observed_lib_size": False}),
+        ({"categorical_covariate_keys": ["donor"]}, {"n_layers": 2, "encode_covariates": True}),
+        ({"continuous_covariate_keys": ["percent_mito"]}, {"deeply_inject_covariates": False}),
+        ({}, {"batch_representation": "embedding"}),
+        ({}, {"use_layer_norm": "both", "use_batch_norm": "none", "n_layers": 2}),
+        ({}, {"use_layer_norm": "both", "dispersion": "gene-batch"}),
+        ({}, {"latent_distribution": "ln"}),
+    ],
+    ids=str,
+)
+def test_scvi_options(atlas, fused_calls, setup, kwargs):
+    stock, ours = train_both(
+        lambda: scvi_model(atlas, setup, **kwargs),
+        lambda model: model.get_normalized_expression(),
+    )
+    assert fused_calls
+    assert_states_agree(stock[1], ours[1])
+    assert_close(stock[2], ours[2])
+
+
+def test_scanvi(atlas, fused_calls):
+    def make():
+        adata = atlas.copy()
+        scvi.model.SCANVI.setup_anndata(
+            adata, labels_key="label", unlabeled_category="unknown", batch_key="batch"
+        )
+        return scvi.model.SCANVI(adata, n_hidden=32)
+
+    stock, ours = train_both(make, lambda model: model.predict(soft=True))
+    assert fused_calls
+    assert_states_agree(stock[1], ours[1])
+    assert_close(stock[2], ours[2])
+
+
+def test_scanvi_from_scvi_model(atlas, fused_calls):
+    """``from_scvi_model`` takes a fused model, and what it makes can be fused."""
+    results = []
+    for change in (lambda model: model, fuse):
+        scvi.settings.seed = 0
+        model = change(scvi_model(atlas))
+        model.train(**TRAIN)
+        semi = change(
+            scvi.model.SCANVI.from_scvi_model(
+                model, unlabeled_category="unknown", labels_key="label"
+            )
+        )
+        fused_calls.clear()
+        semi.train(**TRAIN)
+        results.append(semi.predict(soft=True))
+    assert fused_calls
+    assert_close(*results)
+
+
+def test_poissonvi(atlas, fused_calls):
+    poissonvi = pytest.importorskip("scvi.external.poissonvi", reason="not in this scvi-tools")
+
+    def make():
+        adata = atlas.copy()
+        poissonvi.POISSONVI.setup_anndata(adata, batch_key="batch")
+        return poissonvi.POISSONVI(adata)
+
+    def ask(model):
+        with torch.no_grad():
+            # Replaces the scale head's bias, and puts it back.
+            return model.get_normalized_accessibility(), model.get_region_factors()
+
+    stock, ours = train_both(make, ask)
+    assert set(fused_calls) == {"poisson"}
+    assert_states_agree(stock[1], ours[1])
+    for a, b in zip(stock[2], ours[2], strict=True):
+        assert_close(a, b)
+
+
+def test_joint_embedding_scvi(atlas, fused_calls):
+    name = "scvi.external.joint_embedding_scvi"
+    module = pytest.importorskip(name, reason="JointEmbeddingSCVI came with scvi-tools 1.5")
+
+    def make():
+        adata = atlas.copy()
+        module.JointEmbeddingSCVI.setup_anndata(adata, batch_key="batch")
+        return module.JointEmbeddingSCVI(adata)
+
+    stock, ours = train_both(make, lambda model: model.get_normalized_expression())
+    assert fused_calls
+    assert_states_agree(stock[1], ours[1])
+    assert_close(stock[2], ours[2])
+
+
+def test_multivi(atlas, fused_calls):
+    mudata = pytest.importorskip("mudata", reason="MULTIVI takes MuData")
+
+    def make():
+        adata = atlas.copy()
+        rna, atac = adata[:, :150].copy(), adata[:, 150:].copy()
+        mdata = mudata.MuData({"rna": rna, "atac": atac})
+        mdata.obs["batch"] = adata.obs["batch"].to_numpy()
+        scvi.model.MULTIVI.setup_mudata(
+            mdata, batch_key="batch", modalities={"rna_layer": "rna", "atac_layer": "atac"}
+        )
+        return scvi.model.MULTIVI(mdata, n_genes=150, n_regions=50)
+
+    stock, ours = train_both(make, lambda model: model.get_normalized_expression())
+    assert set(fused_calls) == {"zinb"}
+    assert_states_agree(stock[1], ours[1])
+    assert_close(stock[2], ours[2])
+
+
+def test_contrastivevi(atlas, fused_calls):
+    contrastivevi = pytest.importorskip("scvi.external.contrastivevi", reason="not installed")
+    background = np.flatnonzero(atlas.obs["batch"] == atlas.obs["batch"].iloc[0])
+    target = np.setdiff1d(np.arange(atlas.n_obs), background)
+
+    def make():
+        adata = atlas.copy()
+        contrastivevi.ContrastiveVI.setup_anndata(adata, batch_key="batch")
+        return contrastivevi.ContrastiveVI(adata)
+
+    def ask(model):
+        salient = model.get_normalized_expression(indices=target[:20])
+        return salient["salient"], model.get_latent_representation(representation_kind="salient")
+
+    stock, ours = train_both(
+        make, ask, {"background_indices": background, "target_indices": target}
+    )
+    assert set(fused_calls) == {"zinb"}
+    assert_states_agree(stock[1], ours[1])
+    for a, b in zip(stock[2], ours[2], strict=True):
+        assert_close(a, b)
+
+
+def test_autozi(atlas):
+    """A mixture by gene: the decoder is fused, the likelihood is AUTOZI's own."""
+
+    def make():
+        adata = atlas.copy()
+        scvi.model.AUTOZI.setup_anndata(adata, batch_key="batch")
+        return scvi.model.AUTOZI(adata)
+
+    stock, ours = train_both(make, lambda model: model.get_normalized_expression())
+    assert isinstance(ours[0].module.decoder, FusedDecoderSCVI)
+    assert_states_agree(stock[1], ours[1], 1e-3)
+    assert_close(stock[2], ours[2])
+
+
+def test_resolvi(atlas):
+    """A Pyro model: the decoder is fused, nothing else."""
+    resolvi = pytest.importorskip("scvi.external.resolvi", reason="ResolVI leaves scvi-tools in 1.6")
+
+    def make():
+        adata = atlas.copy()
+        adata.obsm["X_spatial"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+        resolvi.RESOLVI.setup_anndata(adata, batch_key="batch")
+        return resolvi.RESOLVI(adata)
+
+    stock, ours = train_both(make)
+    assert any(type(m) is FusedDecoderSCVI for m in ours[0].module.modules())
+    assert_states_agree(stock[1], ours[1], 1e-3)
+
+
+def test_compiled_training(atlas, fused_calls):
+    """``plan_kwargs={"compile": True}`` silences errors, so it is shown that it took the fused path."""
+    stock, ours = train_both(lambda: scvi_model(atlas), train={"plan_kwargs": {"compile": True}})
+    assert fused_calls
+    assert_states_agree(stock[1], ours[1])
+
+
+def test_minified_training_of_the_decoder(atlas, fused_calls):
+    """Latent space cached, counts kept: the purest case of decoder training."""
+    model = scvi_model(atlas)
+    model.train(**TRAIN)
+    scvi.settings.seed = 2
+    latent_m, latent_v = model.get_latent_representation(return_dist=True)
+    model.adata.obsm["X_m"], model.adata.obsm["X_v"] = latent_m, latent_v
+    model.minify_adata(use_latent_qzm_key="X_m", use_latent_qzv_key="X_v")
+    results = []
+    for change in (unfuse, fuse):
+        scvi.settings.seed = 3
+        change(model)
+        results.append(model.get_normalized_expression(n_samples=2))
+    assert_close(*results)
+
+
+# --- what comes after training -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(atlas):
+    scvi.settings.seed = 0
+    model = scvi_model(atlas)
+    model.train(**TRAIN)
+    return model
+
+
+@contextmanager
+def seeded(seed):
+    scvi.settings.seed = seed
+    yield
+
+
+QUESTIONS = {
+    "normalized_expression": lambda m: m.get_normalized_expression(n_samples=2),
+    "normalized_expression_genes": lambda m: m.get_normalized_expression(
+        gene_list=list(m.adata.var_names[3:9]), library_size=1e4
+    ),
+    "normalized_expression_latent": lambda m: m.get_normalized_expression(library_size="latent"),
+    "normalized_expression_batch": lambda m: m.get_normalized_expression(
+        transform_batch=list(m.adata.obs["batch"].cat.categories[:2])
+    ),
+    "normalized_expression_importance": lambda m: m.get_normalized_expression(
+        indices=np.arange(20), n_samples_overall=30, weights="importance", n_mc_samples=20,
+        n_mc_samples_per_pass=10, return_numpy=True,
+    ),
+    "latent": lambda m: m.get_latent_representation(),
+    "elbo": lambda m: [float(m.get_elbo())],
+    "marginal_ll": lambda m: m.get_marginal_ll(
+        n_mc_samples=12, n_mc_samples_per_pass=4, return_mean=False
+    ),
+    "reconstruction_error": lambda m: [
+        float(m.get_reconstruction_error()["reconstruction_loss"])
+    ],
+    "posterior_predictive": lambda m: m.posterior_predictive_sample(n_samples=2).todense(),
+    "likelihood_parameters": lambda m: np.concatenate(
+        [v.ravel() for v in m.get_likelihood_parameters(n_samples=2).values()]
+    ),
+    "feature_correlation": lambda m: m.get_feature_correlation_matrix(n_samples=2),
+    "differential_expression": lambda m: m.differential_expression(
+        groupby="cell_type", mode="change", silent=True
+    ).select_dtypes("number"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_answers_are_stocks(trained, question):
+    answers = []
+    for change in (unfuse, fuse):
+        change(trained)
+        with seeded(5):
+            np.random.seed(5)
+            answers.append(QUESTIONS[question](trained))
+    if question == "differential_expression":
+        # Bayes factors of probabilities near 1 and ranks by them have no digits to spare.
+        for name in ("lfc_mean", "lfc_median", "raw_mean1", "scale1", "proba_de"):
+            a, b = (answer[name].sort_index().to_numpy() for answer in answers)
+            if name == "proba_de":
+                assert np.abs(a - b).max() < 5e-3
+            else:
+                assert_close(a, b, 1e-4)
+        return
+    assert_close(*answers, 1e-4 if question == "feature_correlation" else 2e-5)
+
+
+def test_distribution_of_a_fused_module(trained):
+    """What is read off ``px`` downstream."""
+    fuse(trained)
+    tensors = next(iter(trained._make_data_loader(trained.adata, batch_size=64)))
+    x = tensors["X"]
+    with torch.no_grad(), seeded(0):
+        _, generative = trained.module.forward(tensors, compute_loss=False)
+        px = generative["px"]
+        assert isinstance(px, scvi.distributions.ZeroInflatedNegativeBinomial)
+        assert isinstance(px, scvi.distributions.NegativeBinomial)
+        for name in ("mu", "theta", "scale", "zi_logits", "zi_probs", "mean", "variance"):
+            assert type(getattr(px, name)) is torch.Tensor
+            assert getattr(px, name).shape == x.shape
+        assert px.sample().shape == x.shape
+        assert "ZeroInflatedNegativeBinomial" in repr(px)
+        assert torch.equal(px.get_normalized("mu"), px.mu)
+        elementwise = px.log_prob(x)
+        assert elementwise.shape == x.shape
+        total = elementwise.sum(-1)
+        torch.testing.assert_close(total, (elementwise + 0.0).sum(-1), rtol=1e-6, atol=0)
+        torch.testing.assert_close(px.log_prob(x).sum(dim=-1), total)
+        torch.testing.assert_close(px.log_prob(x).sum(0), (elementwise + 0.0).sum(0))
+        torch.testing.assert_close(px.log_prob(x).mean(), (elementwise + 0.0).mean())
+        # Rebuilt from its parameters, as scvi-tools concatenates distributions.
+        parameters = {name: getattr(px, name) for name in px.arg_constraints}
+        again = type(px)(**parameters)
+        torch.testing.assert_close(again.log_prob(x).sum(-1), total, rtol=1e-5, atol=1e-3)
+        # A new mean, then counts of one cell against all: importance weights.
+        again.mu = again.scale * 50
+        assert again.log_prob(x[:1]).shape == x.shape
+        moved = copy.deepcopy(px)
+        torch.testing.assert_close(moved.mu, px.mu)
+        px.mu = px.scale * 50
+        torch.testing.assert_close(px.log_prob(x), again.log_prob(x))
+
+
+def test_samples_axis(trained):
+    """x (N, G) against Monte-Carlo samples (S, N, G)."""
+    losses = []
+    tensors = next(iter(trained._make_data_loader(trained.adata, batch_size=64)))
+    for change in (unfuse, fuse):
+        change(trained)
+        with torch.no_grad(), seeded(0):
+            _, _, loss = trained.module.forward(tensors, inference_kwargs={"n_samples": 4})
+        losses.append(loss.reconstruction_loss["reconstruction_loss"])
+    assert losses[0].shape == (4, 64)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+class _Largest(TorchDispatchMode):
+    """Count the floating-point results with at least ``limit`` elements."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel() >= self.limit:
+                is_view = t._is_view() or any(t is a for a in args)
+                self.count += not is_view
+        return out
+
+
+def test_no_cells_x_genes_tensor_in_a_training_step():
+    adata = simulate_atlas(n_cells=512, n_genes=3000, n_batches=2, n_cell_types=2, seed=1)
+    SCVI.setup_anndata(adata, batch_key="batch")
+    model = SCVI(adata, n_hidden=16, dispersion="gene-batch")
+    tensors = next(iter(model._make_data_loader(adata, batch_size=512)))
+    counted = []
+    for change in (unfuse, fuse):
+        change(model)
+        model.module.train()
+        with _Largest(512 * 3000) as largest:
+            model.module(tensors)[2].loss.backward()
+        counted.append(largest.count)
+    stock, ours = counted
+    # What is left is the encoder's: log1p(x) and the product with its first layer's weight.
+    assert stock > 40
+    assert ours <= 3
+
+
+# --- saving, loading, surgery --------------------------------------------------------------------
+
+
+def test_saved_model_is_stock(trained, atlas, tmp_path):
+    fuse(trained)
+    trained.save(str(tmp_path / "model"), overwrite=True)
+    assert b"decoder_fast" not in (tmp_path / "model" / "model.pt").read_bytes()
+    adata = atlas.copy()
+    loaded = SCVI.load(str(tmp_path / "model"), adata=adata, accelerator="cpu")
+    assert type(loaded.module.decoder) is scvi.nn.DecoderSCVI
+    with seeded(1):
+        expected = trained.get_normalized_expression()
+    for change in (unfuse, fuse):
+        change(loaded)
+        with seeded(1):
+            assert_close(expected, loaded.get_normalized_expression())
+    unfuse(trained)
+    trained.save(str(tmp_path / "stock"))
+    again = fuse(SCVI.load(str(tmp_path / "stock"), adata=atlas.copy(), accelerator="cpu"))
+    assert isinstance(again.module.decoder, FusedDecoderSCVI)
+
+
+def query(atlas):
+    adata = atlas[:90].copy()
+    adata.obs["batch"] = ["new"] * 45 + ["newer"] * 45
+    return adata
+
+
+@pytest.mark.parametrize("kind", ["SCVI", "SCANVI"])
+def test_surgery(atlas, fused_calls, kind):
+    """``load_query_data`` from a fused reference, and the query trained fused."""
+    results = []
+    for change in (lambda model: model, fuse):
+        scvi.settings.seed = 0
+        adata = atlas.copy()
+        if kind == "SCVI":
+            SCVI.setup_anndata(adata, batch_key="batch")
+            reference = SCVI(adata, n_layers=2, n_hidden=32)
+        else:
+            scvi.model.SCANVI.setup_anndata(
+                adata, labels_key="label", unlabeled_category="unknown", batch_key="batch"
+            )
+            reference = scvi.model.SCANVI(adata, n_layers=2, n_hidden=32)
+        change(reference).train(**TRAIN)
+        cells = query(atlas)
+        type(reference).prepare_query_anndata(cells, reference)
+        model = change(type(reference).load_query_data(cells, reference, accelerator="cpu"))
+        before = {k: v.clone() for k, v in model.module.named_parameters()}
+        fused_calls.clear()
+        model.train(**TRAIN, plan_kwargs={"weight_decay": 0.0})
+        after = dict(model.module.named_parameters())
+        # Frozen: heads and dispersion. Moved: the columns of the new batches.
+        for name in ("decoder.px_scale_decoder.0.weight", "decoder.px_dropout_decoder.weight"):
+            assert torch.equal(before[name], after[name]) and after[name].grad is None
+        weight = "decoder.px_decoder.fc_layers.Layer 0.0.weight"
+        assert torch.equal(before[weight][:, :10], after[weight][:, :10])
+        assert not torch.equal(before[weight][:, -2:], after[weight][:, -2:])
+        with seeded(4):
+            results.append(
+                ({k: v.detach() for k, v in after.items()}, model.get_latent_representation())
+            )
+    assert fused_calls
+    assert_states_agree(results[0][0], results[1][0], 1e-3)
+    assert_close(results[0][1], results[1][1], 1e-4)
+
+
+def test_fuse_after_load_query_data_from_disk(trained, atlas, tmp_path):
+    fuse(trained)
+    trained.save(str(tmp_path / "model"), overwrite=True)
+    cells = query(atlas)
+    SCVI.prepare_query_anndata(cells, str(tmp_path / "model"))
+    model = fuse(SCVI.load_query_data(cells, str(tmp_path / "model"), accelerator="cpu"))
+    hooked = model.module.decoder.px_decoder.hooks
+    assert hooked and isinstance(model.module.decoder.px_decoder, FusedFCLayers)
+    model.train(**TRAIN, plan_kwargs={"weight_decay": 0.0})
+
+
+# --- fuse, unfuse, fused -------------------------------------------------------------------------
+
+
+def test_fuse_changes_classes_and_nothing_else(atlas):
+    model = scvi_model(atlas)
+    stock_class = type(model.module)
+    parameters = dict(model.module.named_parameters())
+    signatures = [
+        inspect.signature(getattr(model.module, name)) for name in ("generative", "loss", "forward")
+    ]
+    assert fuse(model) is model
+    assert fuse(model) is model  # a second time changes nothing
+    assert type(model.module) is not stock_class and isinstance(model.module, stock_class)
+    assert isinstance(model.module.decoder, (FusedDecoderSCVI, scvi.nn.DecoderSCVI))
+    assert isinstance(model.module.decoder.px_decoder, scvi.nn.FCLayers)  # surgery asks for it
+    assert model.module.decoder.px_decoder.n_cat_list == [3]
+    assert all(p is parameters[name] for name, p in model.module.named_parameters())
+    assert [
+        inspect.signature(getattr(model.module, name)) for name in ("generative", "loss", "forward")
+    ] == signatures
+    for other in (copy.deepcopy(model.module), pickle.loads(pickle.dumps(model.module))):
+        assert type(other) is type(model.module)
+        assert isinstance(other.decoder, FusedDecoderSCVI)
+        assert all(
+            torch.equal(v, other.state_dict()[k]) for k, v in model.module.state_dict().items()
+        )
+    assert unfuse(model) is model
+    assert unfuse(model) is model
+    assert type(model.module) is stock_class
+    assert type(model.module.decoder) is scvi.nn.DecoderSCVI
+    assert type(model.module.decoder.px_decoder) is scvi.nn.FCLayers
+    assert set(model.module.__dict__) == set(stock_class.__new__(stock_class).__dict__) | set(
+        model.module.__dict__
+    )
+
+
+def test_fused_context(atlas):
+    model = scvi_model(atlas)
+    with fused(model) as inside:
+        assert inside is model and isinstance(model.module.decoder, FusedDecoderSCVI)
+    assert type(model.module.decoder) is scvi.nn.DecoderSCVI
+    with pytest.raises(KeyError), fused(model):
+        raise KeyError
+    assert type(model.module.decoder) is scvi.nn.DecoderSCVI
+    fuse(model)
+    with fused(model):
+        pass
+    assert isinstance(model.module.decoder, FusedDecoderSCVI), "it was fused before"
+
+
+def test_fuse_a_module(atlas):
+    module = scvi_model(atlas).module
+    assert fuse(module) is module and isinstance(module.decoder, FusedDecoderSCVI)
+    decoder = scvi.nn.DecoderSCVI(3, 4)
+    assert fuse(decoder) is decoder
+
+
+def test_what_cannot_be_fused(atlas):
+    adata = atlas.copy()
+    scvi.model.LinearSCVI.setup_anndata(adata)
+    with pytest.raises(TypeError, match=r"LinearSCVI has no scvi.nn.DecoderSCVI.*LinearDecoderSCVI"):
+        fuse(scvi.model.LinearSCVI(adata))
+    with pytest.raises(TypeError, match="expected a scvi-tools model"):
+        fuse(adata)
+    with pytest.raises(TypeError, match="expected a scvi-tools model"):
+        unfuse("model")
+
+
+def test_a_subclass_with_its_own_forward_stays_as_it_is(atlas):
+    class Other(scvi.nn.DecoderSCVI):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    model = scvi_model(atlas)
+    model.module.decoder.__class__ = Other
+    with pytest.raises(TypeError, match=r"no scvi.nn.DecoderSCVI.*Other"):
+        fuse(model)
+
+
+def test_negative_counts_are_refused_in_training(atlas):
+    adata = atlas.copy()
+    adata.X = adata.X.astype(np.float32)
+    adata.X.data[:200] = -1
+    SCVI.setup_anndata(adata, batch_key="batch")
+    model = fuse(SCVI(adata))
+    with pytest.raises(ValueError, match="non-negative"):
+        model.train(**TRAIN)
+
+
+def test_bridge_without_scvi_tools():
+    """Its absence is explained, and the rest of the package works."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['scvi'] = None\n"
+        "import decoder_fast; decoder_fast.DecoderSCVI(3, 4)\n"
+        "try: decoder_fast.fuse\n"
+        "except ImportError as e: print(e)\n"
+        "try: decoder_fast.nonsense\n"
+        "except AttributeError as e: print(e)\n"
+    )
+    root = Path(fast_nn.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert "pip install 'decoder-fast[scvi]'" in done.stdout
+    assert "nonsense" in done.stdout

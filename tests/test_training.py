@@ -1,0 +1,84 @@
+"""Parity, shown: SCVI trained on counts from one seed, stock and fused."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+scvi = pytest.importorskip("scvi", reason="scvi-tools is what is trained")
+
+from decoder_fast import fuse  # noqa: E402
+from decoder_fast.datasets import demo_counts, simulate_atlas  # noqa: E402
+
+EPOCHS = 20
+
+
+def real_or_simulated_counts():
+    """Two thousand cells and genes of real counts where there are any, else simulated ones."""
+    import os
+
+    if os.environ.get("DECODER_FAST_DATA"):
+        adata, source = demo_counts()
+    else:
+        adata, source = simulate_atlas(n_cells=2000, n_genes=2000, seed=3), "simulated counts"
+    print(source)
+    total = np.asarray(adata.X.sum(0)).ravel()
+    genes = np.sort(np.argsort(total)[-2000:])
+    cells = np.random.default_rng(0).permutation(adata.n_obs)[:2000]
+    adata = adata[cells, genes].copy()
+    return adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
+
+
+def train(adata, change):
+    scvi.settings.seed = 0
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch" if "batch" in adata.obs else None)
+    model = change(scvi.model.SCVI(adata))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.train(max_epochs=EPOCHS, accelerator="cpu", enable_progress_bar=False)
+    elbo = model.history["elbo_train"].to_numpy(dtype=float).ravel()
+    parameters = {k: v.detach().double() for k, v in model.module.named_parameters()}
+    return elbo, parameters, model.get_latent_representation().astype(float)
+
+
+def one_rounding_away(model):
+    """Move every parameter by about one unit in the last place."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.module.parameters():
+            p.mul_(1 + 6e-8 * torch.randn(p.shape, generator=generator).sign())
+    return model
+
+
+def distance(a, b):
+    return (a - b).norm().item()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_twenty_epochs_stock_and_fused(tmp_path, monkeypatch):
+    """The same training: every epoch's ELBO to 1e-3, and the end to float32 noise.
+
+    What float32 noise amounts to after 20 epochs is measured, not assumed: stock is trained once
+    more with its initial parameters moved by one rounding. Fused may be as far from stock as four
+    times that. (Training amplifies rounding; another summation order is several roundings a step.)
+    """
+    monkeypatch.chdir(tmp_path)
+    adata = real_or_simulated_counts()
+    elbo, parameters, latent = train(adata.copy(), lambda model: model)
+    noisy_elbo, noisy, noisy_latent = train(adata.copy(), one_rounding_away)
+    fused_elbo, fused, fused_latent = train(adata.copy(), fuse)
+
+    assert len(elbo) == EPOCHS and elbo[-1] < elbo[0]
+    np.testing.assert_allclose(fused_elbo, elbo, rtol=1e-3)
+    for name, value in parameters.items():
+        floor = 1e-6 * value.norm().item()
+        assert distance(fused[name], value) <= 4 * distance(noisy[name], value) + floor, name
+    spread = np.linalg.norm(latent - latent.mean(0))
+    noise = np.linalg.norm(noisy_latent - latent) / spread
+    difference = np.linalg.norm(fused_latent - latent) / spread
+    print(f"latent space: fused {difference:.2e}, one rounding {noise:.2e}")
+    assert difference <= 4 * noise + 1e-6
+    assert difference < 1e-2
