@@ -27,7 +27,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp $(VENV)/bench.stamp
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench
 
 # torch goes first and by itself: without a pin pip may choose a build that is gigabytes larger.
 $(VENV)/torch.stamp:

@@ -1,9 +1,9 @@
 """What can run here, which implementation was chosen, and why not a faster one.
 
-Three backends exist, fastest first: ``triton`` (kernels for GPUs), ``cpp`` (the native library for
-CPUs) and ``torch`` (plain PyTorch, which runs everywhere and is what the others are measured
-against). Every operation asks :func:`choose`, so the choice is made in one place and its reasons can
-be read by people (:func:`decoder_fast.DecoderSCVI.explain`, ``decoder-fast doctor``).
+Three backends exist, fastest first: ``triton`` (kernels for GPUs), ``cpp`` (the native library
+for CPUs) and ``torch`` (plain PyTorch, which runs everywhere and is what the others are measured
+against). Every operation asks :func:`choose`, so the choice is made in one place and its reasons
+can be read by people (:func:`decoder_fast.DecoderSCVI.explain`, ``decoder-fast doctor``).
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _choose(operation: str, requested: str, device: torch.device) -> Choice:
         raise ValueError(f"unknown operation {operation!r}; expected one of {OPERATIONS}")
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(
-            f"unknown backend {requested!r}; expected 'auto' or one of {', '.join(map(repr, BACKENDS))}"
+            f"unknown backend {requested!r}; expected 'auto' or one of "
+            + ", ".join(map(repr, BACKENDS))
         )
     reasons: dict[str, str] = {}
     for backend in BACKENDS:

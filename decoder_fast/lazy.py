@@ -1,10 +1,10 @@
 """Tensors that are computed when something looks at their values.
 
 scvi-tools' models call the decoder, wrap its outputs in a distribution, and later ask that
-distribution for ``log_prob(x).sum(-1)``. A :class:`LazyTensor` stands in for an output in between: it
-has shape, dtype and device, and remembers what it would be computed from. Where only the summed
-log-likelihood is asked for, the cells x genes values are never computed. Anything else that touches
-a lazy tensor computes it first, so that code which knows nothing of it is right.
+distribution for ``log_prob(x).sum(-1)``. A :class:`LazyTensor` stands in for an output in between:
+it has shape, dtype and device, and remembers what it would be computed from. Where only the summed
+log-likelihood is asked for, the cells x genes values are never computed. Anything else that
+touches a lazy tensor computes it first, so that code which knows nothing of it is right.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class LazyTensor(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         # Reached only by calls that skip __torch_function__.
         args, kwargs = tree_map(real, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -152,9 +154,7 @@ class LazyOneHot(LazyTensor):
             table = args[1]
             if args[0] is self and table.dim() == 2 and table.shape[1] == self.n_cat:
                 shape = (*self.labels.shape, table.shape[0])
-                return LazyRows(
-                    shape, table.dtype, table.device, table=table, labels=self.labels
-                )
+                return LazyRows(shape, table.dtype, table.device, table=table, labels=self.labels)
         return NotImplemented
 
 

@@ -1,8 +1,9 @@
-"""The modules: constructor, ``state_dict`` and forward of scvi-tools' ``FCLayers`` and ``DecoderSCVI``."""
+"""The modules: constructor, ``state_dict`` and forward of scvi-tools' own."""
 
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +165,7 @@ class FCLayers(nn.Module):
         self.n_cov = n_cont + sum(self.n_cat_list)
         dims = [n_in] + (n_layers - 1) * [n_hidden] + [n_out]
         layers: collections.OrderedDict[str, nn.Module] = collections.OrderedDict()
-        for i, (n_from, n_to) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for i, (n_from, n_to) in enumerate(itertools.pairwise(dims)):
             parts = [
                 nn.Linear(n_from + self.n_cov * self.inject_into_layer(i), n_to, bias=bias),
                 # momentum and eps as scvi-tools inherited them from its TensorFlow original
@@ -306,7 +307,7 @@ class FCLayers(nn.Module):
     def _forward_eager(
         self, x: Tensor, categories: list[tuple[Tensor, int]], cont: Tensor | None
     ) -> Tensor:
-        """Plain PyTorch: one-hot matrices, concatenated to the input of each layer."""
+        """Run plain PyTorch: one-hot matrices, concatenated to the input of each layer."""
         covariates = [] if cont is None else [cont]
         for k, (cat, n_cat) in enumerate(categories):
             if cat.dim() == 2 and cat.size(1) == n_cat:
@@ -429,11 +430,7 @@ class DecoderSCVI(nn.Module):
         activation = self.px_scale_decoder[-1]
         if type(activation) is nn.Softmax and activation.dim == -1:
             return "softmax"
-        if (
-            type(activation) is nn.Softplus
-            and activation.beta == 1
-            and activation.threshold == 20
-        ):
+        if type(activation) is nn.Softplus and activation.beta == 1 and activation.threshold == 20:
             return "softplus"
         return None
 
@@ -605,7 +602,7 @@ class DecoderSCVI(nn.Module):
         px_r: Tensor | None,
         px_r_index: Tensor | None,
     ) -> Tensor:
-        """The loss from whole cells x genes tensors."""
+        """Compute the loss from whole cells x genes tensors."""
         if x.layout != torch.strided:
             x = x.to_dense()
         px_scale = self.px_scale_decoder(hidden)

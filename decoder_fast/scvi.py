@@ -78,8 +78,8 @@ class LazyOutput(LazyTensor):
     @classmethod
     def of(cls, decoded: _Decoded, output: str) -> LazyOutput:
         """Make one from what the decoder computed."""
-        hidden, weight = decoded.hidden, decoded.decoder.px_scale_decoder[0].weight
-        shape = (*hidden.shape[:-1], weight.shape[0])  # type: ignore[union-attr,misc]
+        hidden, weight = decoded.hidden, decoded.decoder.px_r_decoder.weight
+        shape = (*hidden.shape[:-1], weight.shape[0])
         return cls(
             shape, weight.dtype, hidden.device, decoded=decoded, output=output, whole=None, start=0
         )
@@ -144,7 +144,7 @@ class FusedDecoderSCVI(fast.DecoderSCVI, scvi_nn.DecoderSCVI):
 
 
 def _dispersion(theta: Tensor) -> dict[str, Any] | None:
-    """Trace ``theta = exp(px_r)`` back to the arguments of ``hidden_loss``; None if it cannot be."""
+    """Trace ``theta = exp(px_r)`` to the arguments of ``hidden_loss``; None if it cannot be."""
     while isinstance(theta, LazyExpanded):
         theta = theta.source
     if isinstance(theta, LazyExp):
@@ -241,8 +241,7 @@ class _FusedDistribution:
         """Log-likelihood of each element, computed only if more than its sum is asked for."""
         raw = self.__dict__
         mean, theta, zi_logits = (None if n is None else raw.get(n) for n in self._names)
-        lazy = isinstance(mean, LazyOutput) and value.dim() == 2
-        if not lazy or value.shape != mean.shape[-2:]:
+        if not isinstance(mean, LazyOutput) or value.shape != mean.shape[-2:]:
             return self.elementwise_log_prob(value)
 
         def fused() -> Tensor:
@@ -328,7 +327,7 @@ class _FusedModule:
 
 
 def _restore(stock_class: type) -> Any:
-    cls = _fused_module_class(stock_class)
+    cls: Any = _fused_module_class(stock_class)
     return cls.__new__(cls)
 
 
@@ -363,10 +362,9 @@ def _fused_module_class(stock_class: type) -> type:
     methods: dict[str, Any] = {"generative": generative, "loss": loss}
     for name, likelihood in _LOSS_METHODS.items():
         if callable(stock := getattr(stock_class, name, None)):
-            methods[name] = _fused_loss_method(
-                stock, likelihood, isinstance(inspect.getattr_static(stock_class, name), staticmethod)
-            )
-    return type(
+            static = isinstance(inspect.getattr_static(stock_class, name), staticmethod)
+            methods[name] = _fused_loss_method(stock, likelihood, static)
+    return type(  # type: ignore[call-overload,no-any-return]
         f"Fused{stock_class.__name__}",
         (_FusedModule, stock_class),
         {"_stock_class": stock_class, "__doc__": stock_class.__doc__, **methods},
@@ -377,9 +375,7 @@ def _fused_loss_method(
     stock: Callable[..., Tensor], likelihood: Callable[[Any], str], static: bool
 ) -> Callable[..., Tensor]:
     @functools.wraps(stock)
-    def method(
-        self: Any, x: Tensor, px_rate: Tensor, px_r: Tensor, px_dropout: Tensor
-    ) -> Tensor:
+    def method(self: Any, x: Tensor, px_rate: Tensor, px_r: Tensor, px_dropout: Tensor) -> Tensor:
         loss = _reconstruction_loss(x, likelihood(self), px_rate, px_r, px_dropout)
         if loss is not None:
             return loss
@@ -442,8 +438,9 @@ def fuse(model: _Model) -> _Model:
     for owner in parts:
         owns = any(isinstance(child, FusedDecoderSCVI) for child in owner.children())
         # Pyro's modules have another life cycle (and no generative to speak of): decoder only.
-        if owns and not _is_fused(owner) and hasattr(owner, "generative") and hasattr(owner, "loss"):
-            owner.__class__ = _fused_module_class(type(owner))
+        has_loss = hasattr(owner, "generative") and hasattr(owner, "loss")
+        if owns and has_loss and not _is_fused(owner):
+            owner.__class__ = _fused_module_class(type(owner))  # type: ignore[arg-type]
     return model
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
+
+# Threads that wait must sleep: spinning, they cost seconds a test where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import torch
 
 from decoder_fast.backends import BACKENDS, OPERATIONS, choose
@@ -56,6 +63,15 @@ def stock():
         "scvi.distributions._negative_binomial",
         reason="scvi-tools is not installed: pip install 'decoder-fast[scvi]'",
     )
+
+
+@pytest.fixture
+def one_thread():
+    """Many small operations: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

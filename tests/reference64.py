@@ -15,7 +15,7 @@ EPS = 1e-8  # scvi-tools' constant
 
 
 def softplus(v: Tensor) -> Tensor:
-    return v.clamp(min=0) + torch.log1p(torch.exp(-v.abs()))
+    return torch.logaddexp(v, torch.zeros_like(v))
 
 
 def log_prob(
@@ -23,7 +23,9 @@ def log_prob(
 ) -> Tensor:
     """Log-likelihood of each element; ``theta`` is the standard deviation of a normal one."""
     if likelihood == "poisson":
-        return torch.xlogy(x, mu) - mu - torch.lgamma(x + 1)
+        # xlogy has no derivative at mu = 0
+        log_mu = torch.log(torch.where(x > 0, mu, 1))
+        return x * log_mu - mu - torch.lgamma(x + 1)
     if likelihood == "normal":
         return -0.5 * ((x - mu) / theta) ** 2 - torch.log(theta) - 0.5 * torch.log(
             torch.tensor(2 * torch.pi, dtype=torch.float64)

@@ -29,7 +29,10 @@ MODELS = [
 ACTIVATIONS = ("softmax", "softplus")
 SIZES = {"2-D": None, "3-D": 3}
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Problem:
@@ -57,7 +60,7 @@ class Problem:
         lead = () if samples is None else (samples,)
         self.tensors = {
             "hidden": normal(*lead, n, hidden).relu(),
-            "library": normal(n, 1, scale=0.5) + (6 if scale_activation == "softmax" else 0),
+            "library": normal(n, 1, scale=0.5),
             "scale_weight": normal(genes, hidden, scale=0.4),
         }
         if biases:
@@ -84,6 +87,13 @@ class Problem:
         self.x[spots > 0.99] = 1.5
         if likelihood == "normal":
             self.x[spots < 0.1] *= -1
+            # Else one element, far off or of small sigma, is all of the loss, squared as it is.
+            self.x.clamp_(max=10)
+            for name in {"scale_weight", "scale_bias", "r_weight", "r_bias", "px_r"}:
+                if name in self.tensors:
+                    self.tensors[name] *= 0.3
+        if scale_activation == "softmax":
+            self.tensors["library"] += self.x.abs().sum(1, keepdim=True).add(1).log()
         self.upstream = normal(*lead, n)
         self.upstream[..., ::4] = 0
 
@@ -213,9 +223,11 @@ def test_no_worse_than_stock(likelihood, dispersion, scale_activation, samples, 
 
 
 @every_activation
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
-def test_tiles_as_they_are(likelihood, scale_activation, stock, backend):
+def test_tiles_as_they_are(likelihood, scale_activation, threads, stock, backend):
     """More rows and more genes than one tile has, without a change to the tiles' size."""
+    torch.set_num_threads(threads)
     n, genes = tiled._MAX_ROWS + 5, tiled.TILE // tiled._MAX_ROWS + 23
     problem = Problem(
         likelihood, "gene", scale_activation, n=n, genes=genes, hidden=5, dtype=torch.float32
@@ -501,7 +513,11 @@ def test_unusual_logits(likelihood, dispersion, logits):
         problem.x[:] = problem.x * (problem.tensors["scale_bias"] > 1e4)  # xlogy(1, 0) is -inf
         top = problem.tensors["scale_bias"].argmax()
         problem.x[:, torch.arange(20) != top] = 0
-    assert_same(problem.evaluate(), problem.truth(), 1e-11)
+    got, truth = problem.evaluate(), problem.truth()
+    torch.testing.assert_close(got[0], truth[0], rtol=1e-11, atol=0)
+    for name, value in truth[1].items():
+        # Absolute too: where all logits are equal, what reaches the hidden units cancels.
+        torch.testing.assert_close(got[1][name], value, rtol=1e-9, atol=1e-9)
     nll, grads = problem.evaluate(dtype=torch.float32)
     assert nll.isfinite().all()
     assert all(g.isfinite().all() for g in grads.values())
@@ -754,7 +770,7 @@ def test_float64_of_any_decides():
 @pytest.mark.parametrize(("likelihood", "dispersion"), [("zinb", "head"), ("nb", "table")])
 def test_nothing_of_all_cells_and_genes(monkeypatch, likelihood, dispersion, scale_activation, csr):
     """Forward and backward: no tensor larger than a tile is made, and few of a tile's size live."""
-    n, genes, hidden, tile = 300, 2000, 4, 1 << 14
+    n, genes, hidden, tile = 600, 4000, 4, 1 << 14
     monkeypatch.setattr(tiled, "TILE", tile)
     monkeypatch.setattr(tiled, "_MAX_ROWS", 128)
     problem = Problem(
@@ -783,12 +799,12 @@ def test_nothing_of_all_cells_and_genes(monkeypatch, likelihood, dispersion, sca
     for t in inputs:
         own.pop(t.untyped_storage().data_ptr(), None)
     nnz = int((sparse != 0).sum())
-    assert sum(own.values()) <= 4 * n + csr * 2 * nnz, "kept for the backward pass"
+    assert sum(own.values()) <= 5 * n + csr * nnz, "kept for the backward pass"
     with recorder:
         nll.backward(problem.upstream)
-    largest = max(tile, genes * 5, csr * 2 * nnz)  # a table of px_r has five columns
+    largest = max(tile, genes * 5, csr * nnz)  # a table of px_r has five columns
     assert recorder.largest <= largest
-    assert n * genes > 15 * largest
+    assert n * genes > 60 * largest
 
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -797,8 +813,8 @@ def test_nothing_of_all_cells_and_genes(monkeypatch, likelihood, dispersion, sca
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     gradients = sum(t.numel() for t in leaves.values())
-    # At most 20 tensors of a tile live at once, beside the results and what the CSR counts need.
-    assert max(live) <= 4 * (20 * tile + 2 * gradients) + csr * 40 * nnz
+    # At most 30 tensors of a tile live at once, beside the results and what the CSR counts need.
+    assert max(live) <= 4 * (30 * tile + 2 * gradients) + csr * 40 * nnz
 
 
 # ---------------------------------------------------------------------------------------------
@@ -816,7 +832,7 @@ def operands(problem, x=None, options=("auto",)):
     heads = [tensors.get(f"{n}_{part}") for n in names for part in ("weight", "bias")]
     x = problem.x if x is None else x
     counts = (
-        (None, x.crow_indices(), x.col_indices(), x.values())
+        (None, x.crow_indices().clone(), x.col_indices().clone(), x.values().clone())
         if x.layout == torch.sparse_csr
         else (x, None, None, None)
     )
@@ -852,7 +868,6 @@ def test_opcheck(likelihood, dispersion, scale_activation, samples, layout):
         n=5,
         genes=20,
         hidden=3,
-        dtype=torch.float32,
     )
     if layout == "transposed":
         problem.tensors = {
@@ -860,7 +875,7 @@ def test_opcheck(likelihood, dispersion, scale_activation, samples, layout):
             for name, t in problem.tensors.items()
         }
         if samples:
-            problem.tensors["library"] = torch.randn(5, samples).t()[..., None] + 5
+            problem.tensors["library"] = torch.randn(5, samples).double().t()[..., None] + 5
     problem.tensors = {name: t.requires_grad_() for name, t in problem.tensors.items()}
     x = problem.x.to_sparse_csr() if layout == "csr" else problem.x
     arguments = operands(problem, x)

@@ -236,7 +236,7 @@ def test_labels_of_other_integer_dtypes():
     [
         (lambda z, lib, c: (z, lib, (c[0], c[1])), ValueError, ["got 2", "3"]),
         (lambda z, lib, c: (z, lib, (None, c[1], c[2])), ValueError, ["covariate 0", "5 cat"]),
-        (lambda z, lib, c: (z, lib, (c[0] + 3, *c[1:])), ValueError, ["category 0", "5 cat", "0..4"]),
+        (lambda z, lib, c: (z, lib, (c[0] + 3, *c[1:])), ValueError, ["category 0", "5 c", "0..4"]),
         (lambda z, lib, c: (z, lib, (c[0] - 9, *c[1:])), ValueError, ["category 0", "-9", "5 cat"]),
         (lambda z, lib, c: (z, lib, (c[0].float(), *c[1:])), TypeError, ["float32", "category 0"]),
     ],
@@ -267,7 +267,7 @@ def test_unknown_options():
     with pytest.raises(TypeError, match="dropout_rate"):
         DecoderSCVI(L, G, dropout_rate=0.1)
     with pytest.raises(TypeError):
-        DecoderSCVI(L, G, None, 1, 128, True, False, False, "softmax", True)  # use_fused by position
+        DecoderSCVI(L, G, None, 1, 128, True, False, False, "softmax", True)  # by position
     _, ours = pair()
     z, library, cats = inputs()
     with pytest.raises(ValueError, match=r"dispersion='genes'.*'gene-batch'"):

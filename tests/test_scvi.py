@@ -268,7 +268,7 @@ def test_autozi(atlas):
 
 def test_resolvi(atlas):
     """A Pyro model: the decoder is fused, nothing else."""
-    resolvi = pytest.importorskip("scvi.external.resolvi", reason="ResolVI leaves scvi-tools in 1.6")
+    resolvi = pytest.importorskip("scvi.external.resolvi", reason="ResolVI left in 1.6")
 
     def make():
         adata = atlas.copy()
@@ -282,7 +282,7 @@ def test_resolvi(atlas):
 
 
 def test_compiled_training(atlas, fused_calls):
-    """``plan_kwargs={"compile": True}`` silences errors, so it is shown that it took the fused path."""
+    """``plan_kwargs={"compile": True}`` silences errors: see that it took the fused path."""
     stock, ours = train_both(lambda: scvi_model(atlas), train={"plan_kwargs": {"compile": True}})
     assert fused_calls
     assert_states_agree(stock[1], ours[1])
@@ -331,17 +331,19 @@ QUESTIONS = {
         transform_batch=list(m.adata.obs["batch"].cat.categories[:2])
     ),
     "normalized_expression_importance": lambda m: m.get_normalized_expression(
-        indices=np.arange(20), n_samples_overall=30, weights="importance", n_mc_samples=20,
-        n_mc_samples_per_pass=10, return_numpy=True,
+        indices=np.arange(20),
+        n_samples_overall=30,
+        weights="importance",
+        n_mc_samples=20,
+        n_mc_samples_per_pass=10,
+        return_numpy=True,
     ),
     "latent": lambda m: m.get_latent_representation(),
     "elbo": lambda m: [float(m.get_elbo())],
     "marginal_ll": lambda m: m.get_marginal_ll(
         n_mc_samples=12, n_mc_samples_per_pass=4, return_mean=False
     ),
-    "reconstruction_error": lambda m: [
-        float(m.get_reconstruction_error()["reconstruction_loss"])
-    ],
+    "reconstruction_error": lambda m: [float(m.get_reconstruction_error()["reconstruction_loss"])],
     "posterior_predictive": lambda m: m.posterior_predictive_sample(n_samples=2).todense(),
     "likelihood_parameters": lambda m: np.concatenate(
         [v.ravel() for v in m.get_likelihood_parameters(n_samples=2).values()]
@@ -594,7 +596,7 @@ def test_fuse_a_module(atlas):
 def test_what_cannot_be_fused(atlas):
     adata = atlas.copy()
     scvi.model.LinearSCVI.setup_anndata(adata)
-    with pytest.raises(TypeError, match=r"LinearSCVI has no scvi.nn.DecoderSCVI.*LinearDecoderSCVI"):
+    with pytest.raises(TypeError, match=r"LinearSCVI has no scvi.nn.Dec.*LinearDecoderSCVI"):
         fuse(scvi.model.LinearSCVI(adata))
     with pytest.raises(TypeError, match="expected a scvi-tools model"):
         fuse(adata)

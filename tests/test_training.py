@@ -68,7 +68,7 @@ def test_twenty_epochs_stock_and_fused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adata = real_or_simulated_counts()
     elbo, parameters, latent = train(adata.copy(), lambda model: model)
-    noisy_elbo, noisy, noisy_latent = train(adata.copy(), one_rounding_away)
+    _, noisy, noisy_latent = train(adata.copy(), one_rounding_away)
     fused_elbo, fused, fused_latent = train(adata.copy(), fuse)
 
     assert len(elbo) == EPOCHS and elbo[-1] < elbo[0]

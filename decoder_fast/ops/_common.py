@@ -93,7 +93,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         message = (
             "decoder_fast's operations can be differentiated once, and this is a second derivative"
         )
-        refuse = torch._C._functions.DelayedError(message, len(outputs))  # type: ignore[attr-defined]
+        refuse: Any = torch._C._functions.DelayedError(message, len(outputs))  # type: ignore[attr-defined]
         return refuse(*(g if g is None else g.detach().requires_grad_() for g in outputs))
 
     return wrapper

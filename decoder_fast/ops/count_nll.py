@@ -217,13 +217,13 @@ def _op_backward(
     )
     names = wanted.split()
     grads = _backward(inputs, grad, lse, usum, frozenset(names), backend)
-    return [grads[name] for name in names]
+    return [grads[name].contiguous() for name in names]
 
 
 @_op_backward.register_fake
 def _(grad: Tensor, lse: Tensor, usum: Tensor, *args: Any) -> list[Tensor]:
     named = dict(zip(_DIFFERENTIABLE, args, strict=False))
-    return [torch.empty_like(named[name]) for name in args[-1].split()]
+    return [named[name].new_empty(named[name].shape) for name in args[-1].split()]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -276,7 +276,7 @@ def _prepare_counts(x: Tensor, n_cells: int, n_genes: int, hidden: Tensor) -> tu
         raise TypeError(f"x has dtype {x.dtype}, expected counts of a real dtype")
     if x.requires_grad:
         raise ValueError("x requires grad, but counts are not differentiable: pass x.detach()")
-    check_shape("x", x, (n_cells, n_genes), f"{n_cells} cells and {n_genes} genes")
+    check_shape("x", x, (n_cells, n_genes), "the cells of hidden and the genes of scale_weight")
     check_together("hidden", hidden, x=x)
     if x.layout == torch.strided:
         return x, None, None, None
@@ -300,18 +300,19 @@ def count_nll(
     r_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute the negative log-likelihood of counts from hidden units, without a cells x genes tensor.
+    """Compute the negative log-likelihood of counts from hidden units.
 
     The heads' products, the activation of the scale, the mean ``exp(library) * px_scale`` and the
-    log-likelihood are taken gene tile by gene tile and summed at once. Formulas: negative binomial
+    log-likelihood are taken gene tile by gene tile and summed at once: no cells x genes tensor is
+    built. Formulas: negative binomial
     and zero-inflated negative binomial of Lopez et al. 2018 (Nat Methods 15:1053) with scvi-tools'
     ``eps = 1e-8``; they hold for inverse dispersions from 1e-6 to 1e6 and beyond.
 
     Parameters
     ----------
     x
-        Counts (N, G), dense of any real dtype or ``torch.sparse_csr``; non-negative, fractions allowed.
-        Any real value under ``likelihood="normal"``. Not differentiated.
+        Counts (N, G), dense of any real dtype or ``torch.sparse_csr``; non-negative, fractions
+        allowed. Any real value under ``likelihood="normal"``. Not differentiated.
     hidden
         Hidden units of the decoder, (N, H) or (S, N, H).
     library
@@ -337,14 +338,15 @@ def count_nll(
     Returns
     -------
     Tensor
-        Negative log-likelihood of each cell in nats, (N,) or (S, N), float32 (float64 if ``hidden`` or
-        ``scale_weight`` is). A fresh tensor, differentiable once with respect to everything but ``x``.
+        Negative log-likelihood of each cell in nats, (N,) or (S, N), float32 (float64 if ``hidden``
+        or ``scale_weight`` is). A fresh tensor, differentiable once with respect to everything but
+        ``x``.
 
     Raises
     ------
     ValueError
-        If shapes or devices do not fit, a label is out of range, a count is negative or not a number,
-        or an option is unknown or missing.
+        If shapes or devices do not fit, a label is out of range, a count is negative or not a
+        number, or an option is unknown or missing.
     TypeError
         If an input has a dtype or layout that does not fit.
     """
@@ -357,6 +359,10 @@ def count_nll(
         )
     check_floating(hidden=hidden, library=library, px_r=px_r)
     check_together("hidden", hidden, library=library, px_r=px_r, px_r_index=px_r_index)
+    if scale_weight.dim() != 2:
+        raise ValueError(
+            f"scale_weight has shape {tuple(scale_weight.shape)}, expected (genes, hidden units)"
+        )
     n_cells, n_hidden = hidden.shape[-2:]
     n_genes = scale_weight.shape[0]
     if likelihood != "zinb":
@@ -371,8 +377,8 @@ def count_nll(
         raise ValueError("likelihood='zinb' needs dropout_weight, the head of the dropout logits")
     if likelihood != "poisson" and (px_r is None) == (r_weight is None):
         raise ValueError(
-            f"likelihood={likelihood!r} needs the dispersion either as px_r (log inverse dispersion "
-            "by gene) or as r_weight (its head, for 'gene-cell' dispersion), "
+            f"likelihood={likelihood!r} needs the dispersion either as px_r (log inverse "
+            "dispersion by gene) or as r_weight (its head, for 'gene-cell' dispersion), "
             f"but {'neither' if px_r is None else 'both'} was given"
         )
     if px_r is not None:

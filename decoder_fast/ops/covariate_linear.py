@@ -223,7 +223,7 @@ def _op_backward(
     )
     names = wanted.split()
     grads = _backward(inputs, grad, out, v, mean, var, frozenset(names), backend)
-    return [grads[name] for name in names]
+    return [grads[name].contiguous() for name in names]
 
 
 @_op_backward.register_fake
@@ -250,7 +250,7 @@ def _(
     backend: str,
     wanted: str,
 ) -> list[Tensor]:
-    named = {
+    named: dict[str, Any] = {
         "x": x,
         "weight": weight,
         "bias": bias,
@@ -258,7 +258,7 @@ def _(
         "batch_norm_bias": batch_norm_bias,
         **{f"categories.{k}": category for k, category in enumerate(categories)},
     }
-    return [torch.empty_like(named[name]) for name in wanted.split()]
+    return [named[name].new_empty(named[name].shape) for name in wanted.split()]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -356,7 +356,8 @@ def covariate_linear(
         Batch norm over cells, as ``torch.nn.functional.batch_norm``; the parameters are (H,). In
         training the running statistics are updated in place, once for each sample of a 3-D ``x``.
     training
-        Whether batch norm uses the batch's own statistics. Without running statistics it always does.
+        Whether batch norm uses the batch's own statistics; without running statistics it always
+        does.
     use_layer_norm, layer_norm_eps
         Layer norm over hidden units, without affine parameters.
     activation
@@ -374,8 +375,8 @@ def covariate_linear(
     Raises
     ------
     ValueError
-        If shapes or devices do not fit, a label is out of range, an option is unknown, or batch norm
-        is to be trained on a single cell.
+        If shapes or devices do not fit, a label is out of range, an option is unknown, or batch
+        norm is to be trained on a single cell.
     TypeError
         If an input has a dtype that does not fit.
     """
@@ -386,6 +387,10 @@ def covariate_linear(
             f"x has shape {tuple(x.shape)}, expected (cells, n_in) or (samples, cells, n_in)"
         )
     check_floating(x=x, weight=weight, bias=bias)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected (hidden units, columns)"
+        )
     if len(categories) != len(n_cats):
         raise ValueError(f"got {len(categories)} categories, but {len(n_cats)} numbers of them")
     n_cells, n_in = x.shape[-2:]

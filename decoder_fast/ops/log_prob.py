@@ -27,7 +27,7 @@ def _nonzeros(likelihood: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _d_mu(
     likelihood: str, x: Tensor, mu: Tensor, theta: Tensor | None, weight: Tensor | None, eps: float
 ) -> Tensor:
-    """Derivative with respect to the mean itself, finite at ``mu = 0`` where the limit is."""
+    """Differentiate with respect to the mean itself: finite at ``mu = 0`` where the limit is."""
     if likelihood == "poisson":
         return torch.where(x > 0, (x - mu) / mu, -1)
     assert theta is not None
@@ -191,8 +191,8 @@ def zinb_log_prob(
 ) -> Tensor:
     """Log-likelihood of counts under a zero-inflated negative binomial, element by element.
 
-    The value of scvi-tools' ``log_zinb_positive(x, mu, theta, zi_logits, eps)``, without its float32
-    errors at large ``theta``.
+    The value of scvi-tools' ``log_zinb_positive(x, mu, theta, zi_logits, eps)``, without its
+    float32 errors at large ``theta``.
 
     Parameters
     ----------

@@ -160,8 +160,8 @@ def softmax_library(
     Returns
     -------
     tuple of Tensor
-        ``px_scale`` and ``px_rate``, two separate tensors of the shape of ``logits``, float32 (float64
-        if either input is). Differentiable once.
+        ``px_scale`` and ``px_rate``, two separate tensors of the shape of ``logits``, float32
+        (float64 if either input is). Differentiable once.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Hidden units, heads, library and counts to one negative log-likelihood a cell, in plain PyTorch.
 
 The heads' products are taken gene tile by gene tile, so nothing of size cells x genes outlives a
-tile. The forward pass walks the genes twice (log-sum-exp, then the likelihood) and keeps two numbers
-a cell; the backward pass recomputes each tile and turns it at once into gradients.
+tile. The forward pass walks the genes twice (log-sum-exp, then the likelihood) and keeps two
+numbers a cell; the backward pass recomputes each tile and turns it at once into gradients.
 """
 
 from __future__ import annotations
@@ -66,13 +66,17 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, genes: slice) -> 
 
 
 def _log_sum_exp(inputs: Inputs, hidden: Tensor, cells: slice) -> Tensor:
-    """Log-sum-exp of the logits of a block, (S, n, 1); zero under softplus, which has none."""
-    lse = hidden.new_full((*hidden.shape[:2], 1), -torch.inf)
+    """Log-sum-exp of the logits of a block, (S, n, 1); zero under softplus, which has none.
+
+    Wide, because it shifts every mean of a cell alike: its roundings, one a tile, would add up.
+    """
+    shape, wide = (*hidden.shape[:2], 1), wide_dtype(hidden.device)
+    lse = torch.full(shape, -torch.inf, dtype=wide, device=hidden.device)
     if inputs.scale_activation != "softmax":
         return torch.zeros_like(lse)
     for genes in inputs.gene_tiles(cells):
         logits = _head(hidden, inputs.scale_weight, inputs.scale_bias, genes)
-        lse = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True))
+        lse = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True).to(wide))
     return lse
 
 
@@ -101,7 +105,8 @@ def _evaluate(
     library = inputs.library[:, cells, None]
     logits = _head(hidden, inputs.scale_weight, inputs.scale_bias, genes)
     softmax = inputs.scale_activation == "softmax"
-    mu = torch.exp(logits + (library - lse)) if softmax else library.exp() * F.softplus(logits)
+    shift = (library - lse).to(logits.dtype)
+    mu = (logits + shift).exp_() if softmax else library.exp() * F.softplus(logits)
     theta = d = None
     if inputs.r_weight is not None:
         theta = _head(hidden, inputs.r_weight, inputs.r_bias, genes).exp()
@@ -140,7 +145,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         ``nll``, and what the backward pass needs: ``lse`` (log-sum-exp of the logits) and ``usum``
         (sum over genes of the derivative with respect to log(mu)); each (S, N).
     """
-    nll = torch.empty_like(inputs.library)
+    nll = inputs.hidden.new_empty(inputs.hidden.shape[:2])
     all_lse = torch.empty_like(nll)
     usum = torch.empty_like(nll)
     wide = wide_dtype(nll.device)
@@ -199,7 +204,7 @@ def backward(
 
     for cells in inputs.cell_blocks():
         hidden = inputs.hidden[:, cells]
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = hidden.flatten(0, 1)
         block_lse = lse[:, cells, None]
         block_usum = usum[:, cells, None]
         weight = -grad[:, cells, None]
@@ -213,7 +218,7 @@ def backward(
             d_hidden: Tensor | None = d_hidden,
         ) -> None:
             """Carry a head's gradient (S, n, T) to its weight, its bias and the hidden units."""
-            flat = d_out.reshape(rows.shape[0], -1)
+            flat = d_out.flatten(0, 1)
             if f"{name}_weight" in out:
                 out[f"{name}_weight"][genes].addmm_(flat.t(), rows)
             if f"{name}_bias" in out:
@@ -236,15 +241,15 @@ def backward(
                 assert zero.d_log_mu is not None and nonzero.d_log_mu is not None
                 u = tile.put(zero.d_log_mu, nonzero.d_log_mu)
                 if softmax:
-                    u = u - torch.exp(tile.logits - block_lse) * block_usum
+                    u.addcmul_((tile.logits - block_lse.to(u.dtype)).exp_(), block_usum, value=-1)
                 else:
                     # d log(softplus(a)) / da, which tends to 1 where both underflow
                     a = tile.logits.clamp(min=-80)
-                    u = u * (torch.sigmoid(a) / F.softplus(a))
-                through_head("scale", u * weight, genes)
+                    u.mul_(torch.sigmoid(a).div_(F.softplus(a)))
+                through_head("scale", u.mul_(weight), genes)
             if r_wanted and zero.d_log_theta is not None:
                 assert nonzero.d_log_theta is not None
-                d_r = tile.put(zero.d_log_theta, nonzero.d_log_theta) * weight
+                d_r = tile.put(zero.d_log_theta, nonzero.d_log_theta).mul_(weight)
                 if inputs.r_weight is not None:
                     through_head("r", d_r, genes)
                 elif "px_r" in out:
@@ -258,7 +263,8 @@ def backward(
                         out["px_r"][genes] += table.t()
             if d_wanted and zero.d_dropout is not None:
                 assert nonzero.d_dropout is not None
-                through_head("dropout", tile.put(zero.d_dropout, nonzero.d_dropout) * weight, genes)
+                d_d = tile.put(zero.d_dropout, nonzero.d_dropout).mul_(weight)
+                through_head("dropout", d_d, genes)
         if d_hidden is not None:
             out["hidden"][:, cells] = d_hidden.view_as(hidden)
     return out

@@ -144,9 +144,9 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             torch._assert_async(ok, "the CSR counts' indices do not fit their shape")
     if not fits:
         raise ValueError(
-            f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their indices "
-            "do not fit that shape (row pointers must ascend from 0 to the number of values, columns "
-            f"must lie in 0..{n_genes - 1}); build them with "
+            f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their "
+            "indices do not fit that shape (row pointers must ascend from 0 to the number of values, "
+            f"columns must lie in 0..{n_genes - 1}); build them with "
             "torch.sparse_csr_tensor(..., check_invariants=True) to find the fault"
         )
     if nnz < 2:

@@ -22,8 +22,8 @@ class Inputs:
 
     ``x`` (S, N, n_in); ``weight`` (H, n_in + sum of n_cats), columns ``[x | category 1 | ...]``;
     ``categories[k]`` (N,) int64 labels, or an (N, n_cats[k]) floating (one-hot or soft) matrix.
-    Batch norm runs if ``use_batch_norm``: over the cells of each sample if ``batch_statistics``, else
-    with ``running_mean`` and ``running_var``.
+    Batch norm runs if ``use_batch_norm``: over the cells of each sample if ``batch_statistics``,
+    else with ``running_mean`` and ``running_var``.
     """
 
     x: Tensor
@@ -133,12 +133,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns
     -------
     tuple of Tensor
-        Output (S, N, H); what the backward pass needs: the linear map's output (S, N, H), empty if the
-        output serves; mean and biased variance of the batch norm, (S, H), or (1, H) where the running
-        statistics are used, or empty without batch norm.
+        Output (S, N, H); what the backward pass needs: the linear map's output (S, N, H), empty if
+        the output serves; mean and biased variance of the batch norm, (S, H), or (1, H) where the
+        running statistics are used, or empty without batch norm.
     """
     v = _linear(inputs)
-    mean = var = v.new_empty(0)
+    mean, var = v.new_empty(0), v.new_empty(0)  # two: outputs of an operation must not share memory
     if inputs.use_batch_norm:
         if inputs.batch_statistics:
             var, mean = torch.var_mean(v, 1, correction=0)
