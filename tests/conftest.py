@@ -1,8 +1,9 @@
-"""What the tests share: stock scvi-tools, the backends that can run here, and hypothesis' settings."""
+"""What the tests share: stock scvi-tools, the backends that can run here, hypothesis' settings."""
 
 from __future__ import annotations
 
 import os
+import warnings
 
 import hypothesis
 import pytest
@@ -21,6 +22,10 @@ hypothesis.settings.register_profile(
     "decoder_fast", deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("decoder_fast")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch says once a process that CSR tensors are in beta
+    torch.zeros(1, 1).to_sparse_csr()
 
 
 def _split(operation: str) -> tuple[list[str], list[str]]:
@@ -49,7 +54,7 @@ def pytest_report_header() -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that take ``backend`` on every backend that can run the module's ``OPERATION``.
 
-    ``missing_backend`` stands for those that cannot: Triton's at least, as the tests run on the CPU.
+    ``missing_backend`` stands for those that cannot: Triton at least, as tests run on the CPU.
     """
     for fixture, which in (("backend", 0), ("missing_backend", 1)):
         if fixture in metafunc.fixturenames:

@@ -1,4 +1,4 @@
-"""The truth that the operations are tested against: formulas as they stand in the papers, in float64.
+"""The truth that the operations are tested against: the formulas of the papers, in float64.
 
 Nothing here is clever, tiled or fused, and nothing is taken from the package. Gradients come from
 autograd. Where float64 is not enough (:func:`exact_log_prob`), mpmath computes with 80 digits and
@@ -10,6 +10,7 @@ from __future__ import annotations
 import mpmath
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS = 1e-8  # scvi-tools' constant
 
@@ -27,8 +28,10 @@ def log_prob(
         log_mu = torch.log(torch.where(x > 0, mu, 1))
         return x * log_mu - mu - torch.lgamma(x + 1)
     if likelihood == "normal":
-        return -0.5 * ((x - mu) / theta) ** 2 - torch.log(theta) - 0.5 * torch.log(
-            torch.tensor(2 * torch.pi, dtype=torch.float64)
+        return (
+            -0.5 * ((x - mu) / theta) ** 2
+            - torch.log(theta)
+            - 0.5 * torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
         )
     log_t = torch.log(theta + mu + EPS)
     of_zero = theta * (torch.log(theta + EPS) - log_t)
@@ -202,3 +205,22 @@ def assert_accurate(
     if stock is not None:
         theirs = error(stock, truth)
         assert ours <= 2 * theirs + FLOAT32_FLOOR, f"{name}: error {ours:.1e}, stock {theirs:.1e}"
+
+
+class Recorder(TorchDispatchMode):
+    """Counts matrix products, and remembers the largest tensor that any operation made."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.inputs = {t.untyped_storage().data_ptr() for t in inputs}
+        self.products = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket.__name__.strip("_") in ("mm", "addmm", "bmm")
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided:
+                if t.untyped_storage().data_ptr() not in self.inputs:
+                    self.largest = max(self.largest, t.numel())
+        return out

@@ -43,13 +43,13 @@ def _backward(
     out: Tensor,
     v: Tensor,
     mean: Tensor,
-    var: Tensor,
+    invstd: Tensor,
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
     run = _BACKWARD[choose("covariate_linear", backend, device=grad.device).backend]
     with no_autocast(grad.device):
-        return run(inputs, grad, out, v, mean, var, wanted)
+        return run(inputs, grad, out, v, mean, invstd, wanted)
 
 
 class _CovariateLinear(torch.autograd.Function):
@@ -80,28 +80,28 @@ class _CovariateLinear(torch.autograd.Function):
             running_var,
             *options,
         )
-        out, v, mean, var = _forward(inputs, backend)
+        out, v, mean, invstd = _forward(inputs, backend)
         ctx.save_for_backward(
-            out, v, mean, var, x, weight, bias, batch_norm_weight, batch_norm_bias, *categories
+            out, v, mean, invstd, x, weight, bias, batch_norm_weight, batch_norm_bias, *categories
         )
         ctx.static = (backend, options, n_cats)
-        ctx.mark_non_differentiable(mean, var)
-        return out, mean, var
+        ctx.mark_non_differentiable(mean, invstd)
+        return out, mean, invstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _mean: Any, _var: Any) -> Any:
         backend, options, n_cats = ctx.static
-        out, v, mean, var, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
+        out, v, mean, invstd, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
         names = [*_DIFFERENTIABLE, *(f"categories.{k}" for k in range(len(categories)))]
         wanted = frozenset(
             name for name, need in zip(names, ctx.needs_input_grad[5:], strict=True) if need
         )
-        # Running statistics are in (mean, var) where they were used.
+        # Running statistics are in (mean, invstd) where they were used.
         inputs = Inputs(
             x, weight, bias, categories, n_cats, bn_weight, bn_bias, None, None, *options
         )
-        grads = _backward(inputs, grad, out, v, mean, var, wanted, backend)
+        grads = _backward(inputs, grad, out, v, mean, invstd, wanted, backend)
         return (None,) * 5 + tuple(grads.get(name) for name in names)
 
 
@@ -185,7 +185,7 @@ def _op_backward(
     out: Tensor,
     v: Tensor,
     mean: Tensor,
-    var: Tensor,
+    invstd: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -222,7 +222,7 @@ def _op_backward(
         activation_parameter,
     )
     names = wanted.split()
-    grads = _backward(inputs, grad, out, v, mean, var, frozenset(names), backend)
+    grads = _backward(inputs, grad, out, v, mean, invstd, frozenset(names), backend)
     return [grads[name].contiguous() for name in names]
 
 
@@ -232,7 +232,7 @@ def _(
     out: Tensor,
     v: Tensor,
     mean: Tensor,
-    var: Tensor,
+    invstd: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -270,7 +270,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
     n_cats, options = ctx.static
-    out, v, mean, var, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
+    out, v, mean, invstd, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
     need = ctx.needs_input_grad
     wanted = [
         name
@@ -285,7 +285,7 @@ def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
         out,
         v,
         mean,
-        var,
+        invstd,
         x,
         weight,
         bias,
@@ -386,7 +386,7 @@ def covariate_linear(
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected (cells, n_in) or (samples, cells, n_in)"
         )
-    check_floating(x=x, weight=weight, bias=bias)
+    check_floating(x=x, weight=weight)
     if weight.dim() != 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}, expected (hidden units, columns)"
@@ -421,7 +421,19 @@ def covariate_linear(
             category = category.reshape(n_cells).long()
         check_together("x", x, **{f"category {k}": category})
         prepared.append(category)
-    check_together("x", x, weight=weight, bias=bias)
+    vectors = {"bias": bias}
+    if use_batch_norm:
+        vectors |= {
+            "batch_norm_weight": batch_norm_weight,
+            "batch_norm_bias": batch_norm_bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+        }
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_shape(name, vector, (n_hidden,), "one number a hidden unit")
+    check_floating(**vectors)
+    check_together("x", x, weight=weight, **vectors)
     batch_statistics = use_batch_norm and (training or running_mean is None or running_var is None)
     if batch_statistics and n_cells == 1:
         raise ValueError(
@@ -439,37 +451,44 @@ def covariate_linear(
         activation,
         float(activation_parameter),
     )
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.to(dtype)
+    # Contiguous, because torch's batch norm on the CPU ignores the stride of its weight backwards.
+    bias, bn_weight, bn_bias, bn_mean, bn_var = (
+        None if t is None else t.to(dtype).contiguous()
+        for t in (bias, batch_norm_weight, batch_norm_bias, running_mean, running_var)
+    )
     if torch.compiler.is_compiling():
-        out, _, mean, var = _op(
+        out, _, mean, invstd = _op(
             samples,
             weight,
             bias,
             prepared,
             list(n_cats),
-            batch_norm_weight,
-            batch_norm_bias,
-            running_mean,
-            running_var,
+            bn_weight,
+            bn_bias,
+            bn_mean,
+            bn_var,
             *options,
             backend,
         )
     else:
-        out, mean, var = _CovariateLinear.apply(
+        out, mean, invstd = _CovariateLinear.apply(
             backend,
             options,
             list(n_cats),
-            running_mean,
-            running_var,
+            bn_mean,
+            bn_var,
             samples,
             weight,
             bias,
-            batch_norm_weight,
-            batch_norm_bias,
+            bn_weight,
+            bn_bias,
             *prepared,
         )
     if training and running_mean is not None and running_var is not None and use_batch_norm:
-        _update_running(running_mean, running_var, mean, var, momentum, n_cells)
+        _update_running(
+            running_mean, running_var, mean, invstd, momentum, batch_norm_eps, n_cells
+        )
     return out if x.dim() == 3 else out[0]
 
 
@@ -478,14 +497,15 @@ def _update_running(
     running_mean: Tensor,
     running_var: Tensor,
     mean: Tensor,
-    var: Tensor,
+    invstd: Tensor,
     momentum: float,
+    eps: float,
     n_cells: int,
 ) -> None:
     """Move the running statistics once for each sample, as stock batch norm does slice by slice."""
     if momentum == 0 or n_cells == 0:
         return
-    unbiased = var * (n_cells / (n_cells - 1))
+    unbiased = (invstd.pow(-2) - eps).clamp_(min=0) * (n_cells / (n_cells - 1))
     for sample_mean, sample_var in zip(mean.unbind(), unbiased.unbind(), strict=True):
         running_mean.mul_(1 - momentum).add_(sample_mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(sample_var, alpha=momentum)

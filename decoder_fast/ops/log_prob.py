@@ -18,7 +18,7 @@ from ._common import check_floating, check_together, no_autocast, once_different
 __all__ = ["nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
 
 
-def _nonzeros(likelihood: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _nonzeros(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row, column and value of the non-zeros of ``x`` (cells x genes), checked."""
     counts = Counts(x, None, None, None, x.shape[1], signed=False)
     return counts.block(0, x.shape[0], 0, x.shape[1])
@@ -54,7 +54,7 @@ class _LogProb(torch.autograd.Function):
         with no_autocast(mu.device):
             out = at_zero(likelihood, mu, theta, d, eps=eps, gradients=False).log_prob
             assert out is not None
-            row, col, counts = _nonzeros(likelihood, x)
+            row, col, counts = _nonzeros(x)
             wide = wide_dtype(x.device)
 
             def pick(t: Tensor | None) -> Tensor | None:
@@ -91,7 +91,7 @@ class _LogProb(torch.autograd.Function):
                 d_mu = grad * _d_mu(likelihood, x.to(mu.dtype), mu, theta, sig_s, eps)
             if theta_wanted or d_wanted:
                 assert theta is not None
-                row, col, counts = _nonzeros(likelihood, x)
+                row, col, counts = _nonzeros(x)
                 wide = wide_dtype(x.device)
                 terms = at_nonzero(
                     likelihood,

@@ -130,7 +130,8 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         If the indices do not fit the matrix's shape.
     """
     n_cells, n_genes = x.shape
-    crow, col, values = x.crow_indices(), x.col_indices(), _comparable(x.values())
+    # Detached: as a view of a sparse tensor, torch.compile would stumble over the values.
+    crow, col, values = x.crow_indices(), x.col_indices(), _comparable(x.values().detach())
     nnz = col.numel()
     sizes = crow.diff()
     fits = crow.numel() == n_cells + 1 and values.shape == (nnz,)
@@ -145,8 +146,8 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not fits:
         raise ValueError(
             f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their "
-            "indices do not fit that shape (row pointers must ascend from 0 to the number of values, "
-            f"columns must lie in 0..{n_genes - 1}); build them with "
+            "indices do not fit that shape (row pointers must ascend from 0 to the number of "
+            f"values, columns must lie in 0..{n_genes - 1}); build them with "
             "torch.sparse_csr_tensor(..., check_invariants=True) to find the fault"
         )
     if nnz < 2:

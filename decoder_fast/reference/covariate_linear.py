@@ -96,35 +96,50 @@ def _columns(inputs: Inputs) -> list[tuple[Tensor, slice]]:
 def _linear(inputs: Inputs) -> Tensor:
     n_in = inputs.x.shape[-1]
     out = F.linear(inputs.x, inputs.weight[:, :n_in], inputs.bias)
+    n_cells = inputs.x.shape[1]
     for category, columns in _columns(inputs):
         weight = inputs.weight[:, columns]
         if category.is_floating_point():
             out += F.linear(category, weight)
+        elif weight.shape[1] <= n_cells:
+            # Few categories: transposed first, so that each lookup reads one contiguous row.
+            out += F.embedding(category, weight.t().contiguous())
         else:
             out += weight.index_select(1, category).t()
     return out
 
 
-def _batch_norm(inputs: Inputs, v: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Normalise (S, N, H) by the statistics of each sample (S, H), or of all (1, H)."""
+def _normalise(inputs: Inputs, v: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """Batch norm of (S, N, H), given the mean and 1 / standard deviation of (S or 1, H)."""
+    v = (v - mean[:, None]) * invstd[:, None]
+    if inputs.batch_norm_weight is not None:
+        v = v * inputs.batch_norm_weight
+    return v if inputs.batch_norm_bias is None else v + inputs.batch_norm_bias
+
+
+def _batch_norm(inputs: Inputs, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm of (S, N, H): output, and the mean and 1 / standard deviation that it used."""
     weight, bias, eps = inputs.batch_norm_weight, inputs.batch_norm_bias, inputs.batch_norm_eps
-    if mean.shape[0] == 1:
-        flat = F.batch_norm(v.flatten(0, 1), mean[0], var[0], weight, bias, False, 0.0, eps)
-        return flat.view_as(v)
-    return torch.stack(
-        [
-            F.batch_norm(s, m, r, weight, bias, False, 0.0, eps)
-            for s, m, r in zip(v, mean, var, strict=True)
-        ]
-    )
-
-
-def _pre_activation(inputs: Inputs, v: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    if inputs.use_batch_norm:
-        v = _batch_norm(inputs, v, mean, var)
-    if inputs.use_layer_norm:
-        v = F.layer_norm(v, v.shape[-1:], None, None, inputs.layer_norm_eps)
-    return v
+    if v.numel() == 0:
+        statistics = v.new_zeros(v.shape[0] if inputs.batch_statistics else 1, v.shape[-1])
+        return v, statistics, torch.ones_like(statistics)
+    if not inputs.batch_statistics:
+        assert inputs.running_mean is not None and inputs.running_var is not None
+        # Copies: the caller may go on to change the running statistics.
+        mean = inputs.running_mean[None].clone()
+        invstd = torch.rsqrt(inputs.running_var[None] + eps)
+        flat = F.batch_norm(
+            v.flatten(0, 1), mean[0], inputs.running_var, weight, bias, False, 0.0, eps
+        )
+        return flat.view_as(v), mean, invstd
+    samples = [
+        torch.native_batch_norm(sample, weight, bias, None, None, True, 0.0, eps) for sample in v
+    ]
+    if len(samples) == 1:
+        out, mean, invstd = samples[0]
+        return out[None], mean[None], invstd[None]
+    out, mean, invstd = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    return out, mean, invstd
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,43 +149,43 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     -------
     tuple of Tensor
         Output (S, N, H); what the backward pass needs: the linear map's output (S, N, H), empty if
-        the output serves; mean and biased variance of the batch norm, (S, H), or (1, H) where the
-        running statistics are used, or empty without batch norm.
+        the output serves; mean and 1 / standard deviation of the batch norm, (S, H), or (1, H)
+        where the running statistics are used, or empty without batch norm.
     """
     v = _linear(inputs)
-    mean, var = v.new_empty(0), v.new_empty(0)  # two: outputs of an operation must not share memory
+    a = v
+    mean, invstd = v.new_empty(0), v.new_empty(0)  # two: outputs of an operation share no memory
     if inputs.use_batch_norm:
-        if inputs.batch_statistics:
-            var, mean = torch.var_mean(v, 1, correction=0)
-        else:
-            assert inputs.running_mean is not None and inputs.running_var is not None
-            # Copies: the caller may go on to update the running statistics.
-            mean, var = inputs.running_mean[None].clone(), inputs.running_var[None].clone()
-    out = _activate(
-        inputs.activation, inputs.activation_parameter, _pre_activation(inputs, v, mean, var)
-    )
+        a, mean, invstd = _batch_norm(inputs, v)
+    if inputs.use_layer_norm:
+        a = F.layer_norm(a, a.shape[-1:], None, None, inputs.layer_norm_eps)
+    out = _activate(inputs.activation, inputs.activation_parameter, a)
     if not inputs.has_norm and inputs.activation in ("identity", "relu"):
         v = v.new_empty(0)
-    return out, v, mean, var
+    elif out is v:  # nothing was done to no cells
+        out = v.clone()
+    return out, v, mean, invstd
 
 
 def _batch_norm_backward(
-    inputs: Inputs, grad: Tensor, v: Tensor, mean: Tensor, var: Tensor, wanted: frozenset[str]
+    inputs: Inputs, grad: Tensor, v: Tensor, mean: Tensor, invstd: Tensor, wanted: frozenset[str]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     weight_wanted = bool({"batch_norm_weight", "batch_norm_bias"} & wanted)
-    invstd = torch.rsqrt(var + inputs.batch_norm_eps)
+    running_mean = running_var = None
+    if not inputs.batch_statistics:
+        running_mean, running_var = mean[0], invstd[0].pow(-2) - inputs.batch_norm_eps
     if mean.shape[0] == 1:
-        pairs = [(grad.flatten(0, 1), v.flatten(0, 1), 0)]
+        samples = [(grad.flatten(0, 1), v.flatten(0, 1), 0)]
     else:
-        pairs = [(grad[s], v[s], s) for s in range(v.shape[0])]
+        samples = [(grad[s], v[s], s) for s in range(v.shape[0])]
     d_v, d_weight, d_bias = [], None, None
-    for g, slice_v, s in pairs:
+    for sample_grad, sample_v, s in samples:
         dv, dw, db = torch.ops.aten.native_batch_norm_backward(
-            g.contiguous(),
-            slice_v,
+            sample_grad.contiguous(),
+            sample_v,
             inputs.batch_norm_weight,
-            None if inputs.batch_statistics else mean[s],
-            None if inputs.batch_statistics else var[s],
+            running_mean,
+            running_var,
             mean[s],
             invstd[s],
             inputs.batch_statistics,
@@ -191,7 +206,7 @@ def backward(
     out: Tensor,
     v: Tensor,
     mean: Tensor,
-    var: Tensor,
+    invstd: Tensor,
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
     """Compute gradients.
@@ -202,7 +217,7 @@ def backward(
         As in :func:`forward`.
     grad
         Gradient with respect to the layer's output, (S, N, H).
-    out, v, mean, var
+    out, v, mean, invstd
         As returned by :func:`forward`.
     wanted
         What to differentiate: names of fields of ``inputs``, and ``"categories.k"`` for the soft
@@ -217,20 +232,27 @@ def backward(
         return {name: torch.zeros_like(inputs.named(name)) for name in wanted}
     grads: dict[str, Tensor] = {}
     v = v if v.numel() else out
-    after_batch_norm = _batch_norm(inputs, v, mean, var) if inputs.use_batch_norm else v
-    a = after_batch_norm
-    if inputs.use_layer_norm:
-        shape = list(v.shape[-1:])
-        a, ln_mean, ln_rstd = torch.native_layer_norm(
-            after_batch_norm, shape, None, None, inputs.layer_norm_eps
-        )
+    # relu and identity are differentiated from their output; the others from their input.
+    a = out
+    from_input = inputs.activation not in ("identity", "relu")
+    if inputs.use_layer_norm or from_input:
+        normalised = v
+        if inputs.use_batch_norm:
+            normalised = _normalise(inputs, v, mean, invstd)
+        a = normalised if from_input else out
+        if inputs.use_layer_norm:
+            shape = list(v.shape[-1:])
+            ln_out, ln_mean, ln_rstd = torch.native_layer_norm(
+                normalised, shape, None, None, inputs.layer_norm_eps
+            )
+            a = ln_out if from_input else out
     grad = _activate_backward(inputs.activation, inputs.activation_parameter, grad, a)
     if inputs.use_layer_norm:
         grad = torch.ops.aten.native_layer_norm_backward(
-            grad, after_batch_norm, shape, ln_mean, ln_rstd, None, None, [True, False, False]
+            grad, normalised, shape, ln_mean, ln_rstd, None, None, [True, False, False]
         )[0]
     if inputs.use_batch_norm:
-        grad, d_weight, d_bias = _batch_norm_backward(inputs, grad, v, mean, var, wanted)
+        grad, d_weight, d_bias = _batch_norm_backward(inputs, grad, v, mean, invstd, wanted)
         if d_weight is not None and d_bias is not None:
             grads["batch_norm_weight"], grads["batch_norm_bias"] = d_weight, d_bias
 
@@ -241,7 +263,8 @@ def backward(
     if "bias" in wanted:
         grads["bias"] = flat.sum(0)
     columns = _columns(inputs)
-    by_cell = grad.sum(0) if columns else grad  # every sample of a cell shares its covariates
+    # Every sample of a cell shares its covariates.
+    by_cell = grad[0] if grad.shape[0] == 1 or not columns else grad.sum(0)
     if "weight" in wanted:
         d_weight = torch.empty_like(inputs.weight)
         torch.mm(flat.t(), inputs.x.flatten(0, 1), out=d_weight[:, :n_in])
