@@ -3,6 +3,9 @@
 Nothing here is clever, tiled or fused, and nothing is taken from the package. Gradients come from
 autograd. Where float64 is not enough (:func:`exact_log_prob`), mpmath computes with 80 digits and
 differentiates numerically.
+
+With it come the measures that the tests share: :func:`error`, :func:`assert_accurate` and
+:class:`Recorder`.
 """
 
 from __future__ import annotations

@@ -352,6 +352,18 @@ def test_labels_and_one_hot_matrices_are_the_same(samples):
     assert_same(layer.evaluate(), expected, layer, 1e-14)
 
 
+@every_size
+def test_more_categories_than_cells(samples):
+    """And a few cells that share one."""
+    layer = Layer(samples=samples, n=7, n_cats=(50, 9, 8, 7, 6), use_batch_norm=True)
+    layer.categories[0][3:6] = 44
+    got = layer.evaluate()
+    assert_same(got, layer.truth(), layer, 1e-12)
+    nobody = torch.ones(50, dtype=torch.bool)
+    nobody[layer.categories[0].flatten()] = False
+    assert (got[1]["weight"][:, 5:55][:, nobody] == 0).all()
+
+
 def test_one_category():
     """One category is a column that everybody has: a second bias."""
     layer = Layer(n_cats=(1,), activation="gelu")

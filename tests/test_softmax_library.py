@@ -268,13 +268,15 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("scale_activation", ACTIVATIONS)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "broadcast"])
 def test_opcheck(scale_activation, layout):
     logits, library, upstream = sample(2, 5, 7, dtype=torch.float32)
     if layout == "transposed":
         logits, library, *upstream = (
             t.transpose(0, 1).contiguous().transpose(0, 1) for t in (logits, library, *upstream)
         )
+    if layout == "broadcast":
+        library = library[:1]
     leaves = logits.clone().requires_grad_(), library.clone().requires_grad_()
     torch.library.opcheck(
         torch.ops.decoder_fast.softmax_library.default, (*leaves, scale_activation, "auto")
