@@ -569,7 +569,8 @@ def test_subsets_of_gradients(wanted, dispersion):
         (("library",), 4),
     ],
 )
-def test_gradients_of_others_are_not_computed(wanted, products):
+def test_gradients_of_others_are_not_computed(monkeypatch, wanted, products):
+    monkeypatch.setattr(tiled, "TILE", 1 << 18)  # one tile, however they are tuned
     problem = Problem("zinb", "head")
     with Recorder() as recorder:
         problem.evaluate(wanted=wanted, backend="torch")
