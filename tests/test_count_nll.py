@@ -1001,6 +1001,7 @@ BAD = {
         ValueError,
         ["x holds", "-3", "non-negative"],
     ),
+    "x infinite": (dict(x=with_value(torch.inf)), ValueError, ["x holds", "infinite", "finite"]),
     "x NaN": (dict(x=with_value(torch.nan)), ValueError, ["x holds", "nan", "non-negative"]),
     "x NaN csr": (
         dict(x=with_value(torch.nan, csr=True)),

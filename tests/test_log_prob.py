@@ -361,3 +361,20 @@ def test_bad_input(change, kind, parts):
         zinb_log_prob(**(arguments | change))
     for part in parts:
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("theta", [1e-6, 0.3, 29.0, 31.0, 1e6, 1e12])
+def test_small_and_other_counts_meet(theta):
+    """Finite sums for integers up to 8, gamma functions for the rest: one function, piecewise."""
+    from decoder_fast.reference import log_prob as reference
+
+    x = torch.tensor([1, 2, 7, 8, 8.5, 9, 10, 500], dtype=torch.float64)
+    t = torch.tensor(theta, dtype=torch.float64) + torch.linspace(1e-3, 50, 8, dtype=torch.float64)
+    thetas = torch.full_like(x, theta)
+    for mixed, general in (
+        (reference._log_gamma_terms, reference._general_log_gamma),
+        (reference._digamma_terms, reference._general_digamma),
+    ):
+        a, b = mixed(x, thetas, t), general(x, thetas, t)
+        # lgamma itself is good to a few roundings of its value, at most 1e3 here.
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12 * max(1.0, 1 / theta))

@@ -79,7 +79,7 @@ class Counts:
             if values.is_floating_point():
                 _require(~values.isnan().any(), "x holds NaN: remove or impute those cells")
             return row, col, values
-        smallest = values.min()
+        smallest, largest = torch.aminmax(values)
         # NaN compares false, so one comparison refuses both.
         _require(
             smallest >= 0,
@@ -87,6 +87,8 @@ class Counts:
             "pass raw counts (not scaled or log-normalised data)",
             found=smallest,
         )
+        if values.is_floating_point():
+            _require(largest < torch.inf, "x holds an infinite count, but counts must be finite")
         if values.device.type != "cpu" or smallest <= EPS:
             # CSR may store zeros, and scvi-tools takes anything below 1e-8 for one.
             kept = values > EPS

@@ -14,6 +14,7 @@ epsilon of scvi-tools' ``log_nb_positive`` and ``log_zinb_positive``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,10 +72,10 @@ def _digamma_tail(v: Tensor) -> Tensor:
 
 
 _LARGE = 30.0  # from here on differences of gamma functions come from their asymptotic series
+_SMALL = 8  # up to here integer counts take finite sums: nearly all counts, and cheaper
 
 
-def _log_gamma_ratio_less_log(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
-    """``lgamma(x + theta) - lgamma(theta) - x log(t)``: the difference, never its large parts."""
+def _general_log_gamma(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
     large = theta > _LARGE
     small_theta = theta.clamp(max=_LARGE)
     exact = torch.lgamma(x + small_theta) - torch.lgamma(small_theta) - x * torch.log(t)
@@ -86,16 +87,62 @@ def _log_gamma_ratio_less_log(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
         + x * torch.log1p((x + (theta - t)) / t)
         + (_stirling(n) - _stirling(big_theta))
     )
-    return torch.where(large, series, exact)
+    return torch.where(large, series, exact) - torch.lgamma(x + 1)
 
 
-def _digamma_difference(x: Tensor, theta: Tensor) -> Tensor:
-    """``digamma(x + theta) - digamma(theta)``."""
+def _general_digamma(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
     small_theta = theta.clamp(max=_LARGE)
     exact = torch.digamma(x + small_theta) - torch.digamma(small_theta)
     big_theta = theta.clamp(min=_LARGE)
     series = torch.log1p(x / big_theta) + (_digamma_tail(x + big_theta) - _digamma_tail(big_theta))
-    return torch.where(theta > _LARGE, series, exact)
+    return torch.where(theta > _LARGE, series, exact) - x / t
+
+
+def _small_log_gamma(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+    """Logarithm of the product of ``(theta + k) / ((k + 1) t)`` over ``k < x``."""
+    product = theta / t
+    for k in range(1, _SMALL):
+        product = torch.where(x > k, product * (theta + k) / (t * (k + 1)), product)
+    return torch.log(product)
+
+
+def _small_digamma(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+    """Sum of ``1 / (theta + k)`` over ``k < x``, less ``x / t``."""
+    total = 1 / theta
+    for k in range(1, _SMALL):
+        total = torch.where(x > k, total + 1 / (theta + k), total)
+    return total - x / t
+
+
+def _by_count(
+    x: Tensor,
+    theta: Tensor,
+    t: Tensor,
+    small: Callable[[Tensor, Tensor, Tensor], Tensor],
+    general: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Apply ``small`` to positive integer counts up to ``_SMALL``, ``general`` to all others.
+
+    The products of ``small`` need the range of float64: with another dtype all are ``general``.
+    """
+    if x.dtype != torch.float64:
+        return general(x, theta, t)
+    theta = theta.expand_as(t)
+    out = small(x, theta, t)
+    (others,) = torch.nonzero((x > _SMALL) | (x != torch.floor(x)), as_tuple=True)
+    if others.numel():
+        out[..., others] = general(x[others], theta[..., others], t[..., others])
+    return out
+
+
+def _log_gamma_terms(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+    """``lgamma(x + theta) - lgamma(theta) - lgamma(x + 1) - x log(t)``, without its large parts."""
+    return _by_count(x, theta, t, _small_log_gamma, _general_log_gamma)
+
+
+def _digamma_terms(x: Tensor, theta: Tensor, t: Tensor) -> Tensor:
+    """``digamma(x + theta) - digamma(theta) - x / t``."""
+    return _by_count(x, theta, t, _small_digamma, _general_digamma)
 
 
 def at_zero(
@@ -170,8 +217,8 @@ def at_nonzero(
 ) -> Terms:
     """Evaluate elements whose count is positive (any value for ``"normal"``).
 
-    Parameters as in :func:`at_zero`, with the counts ``x`` and the logarithm of the mean, which can
-    be exact where the mean itself underflows.
+    Parameters as in :func:`at_zero`, with the counts ``x`` (n,) and the logarithm of the mean (n,)
+    or (S, n), which can be exact where the mean itself underflows.
     """
     mu = torch.exp(log_mu)
     if likelihood == "poisson":
@@ -188,19 +235,14 @@ def at_nonzero(
     log1p_v = torch.log1p(v)
     value = d_log_theta = d_dropout = None
     if log_prob:
-        value = (
-            x * torch.log(mu + eps)
-            - theta * log1p_v
-            + _log_gamma_ratio_less_log(x, theta, t)
-            - torch.lgamma(x + 1)
-        )
+        value = x * torch.log(mu + eps) - theta * log1p_v + _log_gamma_terms(x, theta, t)
         if d is not None:
             value = value - F.softplus(d)
-    d_log_mu = mu * (x / (mu + eps) - (x + theta) / t)
+    d_log_mu = mu / (mu + eps) * (theta / t) * (x - mu - eps)
     if gradients:
         d_log_theta = theta * (
             (_saturation_minus_log1p(v, mu / t, log1p_v) - (eps / theta_eps) * (mu / t))
-            + (_digamma_difference(x, theta) - x / t)
+            + _digamma_terms(x, theta, t)
         )
         if d is not None:
             d_dropout = -torch.sigmoid(d)
