@@ -575,7 +575,6 @@ class DecoderSCVI(nn.Module):
         activation = self._scale_activation()
         assert activation is not None
         scale, r, dropout = self.px_scale_decoder[0], self.px_r_decoder, self.px_dropout_decoder
-        zero_inflated = likelihood == "zinb"
         return count_nll(
             x,
             hidden,
@@ -584,10 +583,10 @@ class DecoderSCVI(nn.Module):
             scale.bias,  # type: ignore[arg-type]
             likelihood=likelihood,
             scale_activation=activation,
-            dropout_weight=dropout.weight if zero_inflated else None,
-            dropout_bias=dropout.bias if zero_inflated else None,
-            px_r=None if gene_cell else px_r,
-            px_r_index=None if gene_cell else px_r_index,
+            dropout_weight=dropout.weight,  # only zinb takes it
+            dropout_bias=dropout.bias,
+            px_r=px_r,
+            px_r_index=px_r_index,
             r_weight=r.weight if gene_cell else None,
             r_bias=r.bias if gene_cell else None,
         )

@@ -1,0 +1,117 @@
+"""Lazy tensors: whatever touches them sees the values that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import linear, one_hot
+
+pytest.importorskip("scvi", reason="the bridge's lazy tensors stand in scvi-tools' models")
+
+import scvi.nn
+
+from decoder_fast import fuse
+from decoder_fast.lazy import LazyOneHots, LazyRows, LazyTensor
+from decoder_fast.scvi import LazyOutput, _lazy_outputs
+
+N, G = 11, 13
+
+
+@pytest.fixture
+def outputs():
+    """What a decoder returns, lazy and real."""
+    torch.manual_seed(0)
+    decoder = fuse(scvi.nn.DecoderSCVI(4, G, n_cat_list=[3]))
+    args = ("gene-cell", torch.randn(N, 4), torch.randn(N, 1), torch.randint(0, 3, (N, 1)))
+    token = _lazy_outputs.set(True)
+    lazy = decoder(*args)
+    _lazy_outputs.reset(token)
+    return lazy, decoder(*args)
+
+
+def test_metadata_costs_nothing(outputs):
+    for lazy, real in zip(*outputs, strict=True):
+        assert isinstance(lazy, LazyOutput)
+        assert lazy.shape == real.shape
+        assert (lazy.dtype, lazy.device, lazy.dim()) == (real.dtype, real.device, real.dim())
+        assert (lazy.size(-1), lazy.numel(), len(lazy)) == (G, N * G, N)
+        assert lazy._value is None, "the values were computed"
+
+
+OPERATIONS = {
+    "arithmetic": lambda t: 2 * t + 1,
+    "method": lambda t: t.exp().sum(),
+    "index": lambda t: t[3:7, ::2],
+    "mask": lambda t: t[..., torch.arange(G) % 2 == 0],
+    "in a list": lambda t: torch.stack([t, t]),
+    "in a keyword": lambda t: torch.add(input=torch.ones(N, G), other=t),
+    "comparison": lambda t: t > t.mean(),
+    "not negative": lambda t: (t.exp() >= 0).all(),
+    "detached": lambda t: t.detach().cpu(),
+    "numpy": lambda t: torch.as_tensor(t.detach().numpy()),
+    "of a class": lambda t: torch.distributions.Normal(t, 1.0).log_prob(torch.ones(N, G)),
+    "split along genes": lambda t: t.split([3, 10], dim=1)[1],
+    "split by size": lambda t: torch.split(t, 4)[2],
+    "broadcast": lambda t: torch.broadcast_tensors(t, torch.ones(5, 1, 1))[0] + 0,
+    "broadcast back": lambda t: torch.broadcast_tensors(t, torch.arange(float(G)))[1] + 0,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_see_the_values(outputs, operation):
+    for lazy, real in zip(*outputs, strict=True):
+        a, b = OPERATIONS[operation](lazy), OPERATIONS[operation](real)
+        assert not isinstance(a, LazyTensor)
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_flow_through_the_values(outputs):
+    lazy, _ = outputs
+    (lazy[2] * lazy[0]).sum().backward()
+    weight = lazy[0].decoded.decoder.px_scale_decoder[0].weight
+    assert weight.grad is not None and weight.grad.abs().max() > 0
+
+
+def test_values_are_computed_once(outputs):
+    scale = outputs[0][0]
+    assert scale.materialise() is scale.materialise()
+    with torch.no_grad():
+        scale.mul_(2)  # so that a change in place stays
+        torch.testing.assert_close(scale + 0, 2 * outputs[1][0])
+        torch.testing.assert_close(outputs[0][2] + 0, outputs[1][2])  # px_rate is another tensor
+
+
+@pytest.mark.parametrize("dim", [0, -2])
+def test_split_along_cells_stays_lazy(outputs, dim):
+    for lazy, real in zip(*outputs, strict=True):
+        parts = torch.split(lazy, [4, 7], dim=dim)
+        assert all(isinstance(part, LazyOutput) for part in parts)
+        for part, expected in zip(parts, torch.split(real, [4, 7], dim=dim), strict=True):
+            assert part.shape == expected.shape
+            torch.testing.assert_close(part.decoded.hidden.shape[0], expected.shape[0])
+            torch.testing.assert_close(part + 0, expected)
+
+
+def test_lookups_in_the_place_of_one_hot_products():
+    labels, table = torch.randint(0, 5, (N,)), torch.randn(G, 5, requires_grad=True)
+    expected = linear(one_hot(labels, 5).float(), table)
+    with LazyOneHots():
+        encoded = one_hot(labels, 5)
+        rows = linear(encoded.float(), table)
+        theta = torch.exp(rows)
+        assert isinstance(rows, LazyRows) and isinstance(theta, LazyTensor)
+    assert encoded._value is None
+    torch.testing.assert_close(rows + 0, expected)
+    torch.testing.assert_close(theta + 0, expected.exp())
+    torch.testing.assert_close(encoded + 0, one_hot(labels, 5))
+    torch.testing.assert_close(linear(encoded.float(), table, torch.ones(G)), expected + 1)
+    (a,) = torch.autograd.grad(rows.sum(), table)
+    (b,) = torch.autograd.grad(expected.sum(), table)
+    torch.testing.assert_close(a, b)
+
+
+def test_lookups_refuse_labels_out_of_range():
+    with LazyOneHots():
+        rows = linear(one_hot(torch.tensor([0, 5]), 5).float(), torch.randn(G, 5))
+    with pytest.raises(ValueError, match="found label 5, but there are 5 categories"):
+        rows.sum()
