@@ -288,20 +288,33 @@ def test_compiled_training(atlas, fused_calls):
     assert_states_agree(stock[1], ours[1])
 
 
-def test_minified_training_of_the_decoder(atlas, fused_calls):
-    """Latent space cached, counts kept: the purest case of decoder training."""
-    model = scvi_model(atlas)
-    model.train(**TRAIN)
-    scvi.settings.seed = 2
-    latent_m, latent_v = model.get_latent_representation(return_dist=True)
-    model.adata.obsm["X_m"], model.adata.obsm["X_v"] = latent_m, latent_v
-    model.minify_adata(use_latent_qzm_key="X_m", use_latent_qzv_key="X_v")
+@pytest.mark.parametrize("counts", ["with", "without"])
+def test_minified_data(atlas, fused_calls, counts):
+    """Latent space cached; with the counts kept, the decoder alone is trained further."""
     results = []
-    for change in (unfuse, fuse):
+    for change in (lambda model: model, fuse):
+        scvi.settings.seed = 0
+        model = change(scvi_model(atlas))
+        model.train(**TRAIN)
+        scvi.settings.seed = 2
+        mean, variance = model.get_latent_representation(return_dist=True)
+        model.adata.obsm["X_mean"], model.adata.obsm["X_variance"] = mean, variance
+        kind = "latent_posterior_parameters" + ("_with_counts" if counts == "with" else "")
+        model.minify_adata(kind, "X_mean", "X_variance")
         scvi.settings.seed = 3
-        change(model)
-        results.append(model.get_normalized_expression(n_samples=2))
-    assert_close(*results)
+        before = {k: v.clone() for k, v in model.module.named_parameters()}
+        fused_calls.clear()
+        if counts == "with":
+            model.train(**TRAIN, plan_kwargs={"update_only_decoder": True, "weight_decay": 0.0})
+            assert bool(fused_calls) == (change is fuse)
+            after = dict(model.module.named_parameters())
+            encoder = "z_encoder.encoder.fc_layers.Layer 0.0.weight"
+            assert torch.equal(before[encoder], after[encoder])
+            head = "decoder.px_scale_decoder.0.weight"
+            assert not torch.equal(before[head], after[head])
+        results.append((model.module.state_dict(), model.get_normalized_expression(n_samples=2)))
+    assert_states_agree(results[0][0], results[1][0])
+    assert_close(results[0][1], results[1][1])
 
 
 # --- what comes after training -------------------------------------------------------------------
