@@ -75,7 +75,9 @@ def availability() -> dict[str, str | None]:
     return {"triton": _missing_triton(), "cpp": _missing_native(), "torch": None}
 
 
-def _triton_reason(operation: str, device: torch.device) -> str | None:
+def _triton_reason(
+    operation: str, device: torch.device, dtype: torch.dtype, likelihood: str | None
+) -> str | None:
     if device.type != "cuda":
         return f"its kernels run on CUDA devices, and the tensors are on '{device}'"
     if (missing := _missing_triton()) is not None:
@@ -85,23 +87,35 @@ def _triton_reason(operation: str, device: torch.device) -> str | None:
     return None if operation in kernels else f"this version has no Triton kernel for {operation}"
 
 
-def _cpp_reason(operation: str, device: torch.device) -> str | None:
+def _cpp_reason(
+    operation: str, device: torch.device, dtype: torch.dtype, likelihood: str | None
+) -> str | None:
     if device.type != "cpu":
         return f"its kernels run on the CPU, and the tensors are on '{device}'"
     if (missing := _missing_native()) is not None:
         return missing
     from . import native
 
-    if operation in native.operations():
-        return None
-    return f"this version has no native CPU kernel for {operation}"
+    if operation not in native.operations():
+        return f"this version has no native CPU kernel for {operation}"
+    if dtype != torch.float32:
+        return f"its kernels compute in float32, and the tensors are {dtype}"
+    if likelihood == "normal":
+        return "its kernels are for counts, and likelihood='normal' is not"
+    return None
 
 
 _REASONS = {"triton": _triton_reason, "cpp": _cpp_reason}
 
 
 @functools.lru_cache(maxsize=256)
-def _choose(operation: str, requested: str, device: torch.device) -> Choice:
+def _choose(
+    operation: str,
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    likelihood: str | None,
+) -> Choice:
     if operation not in OPERATIONS:
         raise ValueError(f"unknown operation {operation!r}; expected one of {OPERATIONS}")
     if requested != "auto" and requested not in BACKENDS:
@@ -113,7 +127,9 @@ def _choose(operation: str, requested: str, device: torch.device) -> Choice:
     for backend in BACKENDS:
         if requested not in ("auto", backend):
             continue
-        reason = _REASONS[backend](operation, device) if backend in _REASONS else None
+        reason = None
+        if backend in _REASONS:
+            reason = _REASONS[backend](operation, device, dtype, likelihood)
         if reason is None:
             return Choice(operation, backend, reasons)
         reasons[backend] = reason
@@ -123,7 +139,14 @@ def _choose(operation: str, requested: str, device: torch.device) -> Choice:
     )
 
 
-def choose(operation: str, requested: str = "auto", *, device: torch.device) -> Choice:
+def choose(
+    operation: str,
+    requested: str = "auto",
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    likelihood: str | None = None,
+) -> Choice:
     """Choose the backend for one operation.
 
     Parameters
@@ -134,6 +157,10 @@ def choose(operation: str, requested: str = "auto", *, device: torch.device) -> 
         ``"auto"`` for the fastest backend that can run, or the name of one that must be taken.
     device
         Device of the operation's tensors.
+    dtype
+        Dtype that the operation computes in.
+    likelihood
+        Likelihood that ``count_nll`` computes.
 
     Returns
     -------
@@ -147,4 +174,4 @@ def choose(operation: str, requested: str = "auto", *, device: torch.device) -> 
     RuntimeError
         If the requested backend cannot run here; the message says why.
     """
-    return _choose(operation, requested, device)
+    return _choose(operation, requested, device, dtype, likelihood)

@@ -26,7 +26,7 @@ from . import _build
 __all__ = ["ABI_VERSION", "describe", "load", "operations", "reason"]
 
 #: The version of the C interface that this module speaks; ``csrc/library.cpp`` has the same number.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _PACKAGE = Path(__file__).resolve().parent
 _BUILT = _PACKAGE / _build.LIBRARY

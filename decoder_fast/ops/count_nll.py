@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..cpp import count_nll as cpp
 from ..reference import count_nll as reference
 from ..reference.count_nll import Inputs
 from ..reference.counts import Counts, canonical_csr
@@ -25,8 +26,8 @@ from .softmax_library import check_scale_activation
 
 __all__ = ["count_nll"]
 
-_FORWARD = {"torch": reference.forward}
-_BACKWARD = {"torch": reference.backward}
+_FORWARD = {"cpp": cpp.forward, "torch": reference.forward}
+_BACKWARD = {"cpp": cpp.backward, "torch": reference.backward}
 
 #: Inputs that can be differentiated, in the order of the operation's arguments.
 _DIFFERENTIABLE = (
@@ -80,11 +81,25 @@ def _inputs(
     )
 
 
-def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    run = _FORWARD[choose("count_nll", backend, device=inputs.hidden.device).backend]
+def _chosen(inputs: Inputs, backend: str) -> str:
+    return choose(
+        "count_nll",
+        backend,
+        device=inputs.hidden.device,
+        dtype=inputs.hidden.dtype,
+        likelihood=inputs.likelihood,
+    ).backend
+
+
+def _check(inputs: Inputs) -> None:
     if inputs.px_r_index is not None:
         assert inputs.px_r is not None
         check_labels(inputs.px_r_index, inputs.px_r.shape[1], "px_r_index")
+
+
+def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    run = _FORWARD[_chosen(inputs, backend)]
+    _check(inputs)
     with no_autocast(inputs.hidden.device):
         return run(inputs)
 
@@ -97,30 +112,56 @@ def _backward(
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
-    run = _BACKWARD[choose("count_nll", backend, device=inputs.hidden.device).backend]
+    run = _BACKWARD[_chosen(inputs, backend)]
     with no_autocast(inputs.hidden.device):
         return run(inputs, grad, lse, usum, wanted)
+
+
+def _constant(grad: Tensor) -> float | None:
+    """The one number that ``grad`` holds everywhere, or None."""
+    if grad.numel() == 0:
+        return None
+    first = float(grad.flatten()[0])
+    expanded = all(
+        stride == 0 or size == 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)
+    )
+    return first if expanded or bool((grad == first).all()) else None
 
 
 class _CountNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
-        nll, lse, usum = _forward(_inputs(*args), backend)
-        ctx.save_for_backward(lse, usum, *args[:14])
-        ctx.static = (backend, args[14:])
-        return nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        backend, options = ctx.static
-        lse, usum, *tensors = ctx.saved_tensors
+        inputs = _inputs(*args)
         wanted = frozenset(
             name
             for name, need in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:10], strict=True)
             if need
         )
-        grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
+        ctx.gradients = None
+        if wanted and _chosen(inputs, backend) == "cpp":
+            # The gradients along the way, for an upstream gradient that is the same for all cells,
+            # as a mean's or a sum's is: no product is taken twice then.
+            _check(inputs)
+            (nll, lse, usum), ctx.gradients = cpp.forward_and_backward(inputs, wanted)
+        else:
+            nll, lse, usum = _forward(inputs, backend)
+        ctx.save_for_backward(lse, usum, *args[:14])
+        ctx.static = (backend, args[14:], wanted)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        backend, options, wanted = ctx.static
+        lse, usum, *tensors = ctx.saved_tensors
+        # Handed out once: another backward pass must not meet gradients that others changed.
+        grads, ctx.gradients = ctx.gradients, None
+        if grads is not None and (factor := _constant(grad)) is not None:
+            if factor != 1:
+                for gradient in grads.values():
+                    gradient.mul_(factor)
+        else:
+            grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
         return None, *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .log_prob import EPS
+
+BAD_COUNT = (
+    "x holds a negative or NaN count, but counts must be non-negative numbers: "
+    "pass raw counts (not scaled or log-normalised data)"
+)
+INFINITE_COUNT = "x holds an infinite count, but counts must be finite"
 
 
 class Counts:
@@ -38,12 +46,18 @@ class Counts:
         self.signed = signed
         if dense is None:
             assert crow is not None and col is not None and values is not None
-            self.crow = crow.long()
+            self.crow = crow
             self.col = col
             self.values = values
-            rows = torch.arange(crow.numel() - 1, device=crow.device)
-            row = torch.repeat_interleave(rows, self.crow.diff(), output_size=col.numel())
-            self._key = row * n_genes + col  # ascending: rows ascend, and columns within a row
+
+    @functools.cached_property
+    def _key(self) -> Tensor:
+        """Position of each value in the dense matrix: ascending."""
+        rows = torch.arange(self.crow.numel() - 1, device=self.crow.device)
+        row = torch.repeat_interleave(
+            rows, self.crow.long().diff(), output_size=self.col.numel()
+        )
+        return row * self.n_genes + self.col
 
     def block(self, n0: int, n1: int, g0: int, g1: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return row, column (both from the block's corner) and value of the block's non-zeros.
@@ -81,14 +95,9 @@ class Counts:
             return row, col, values
         smallest, largest = torch.aminmax(values)
         # NaN compares false, so one comparison refuses both.
-        _require(
-            smallest >= 0,
-            "x holds a negative or NaN count, but counts must be non-negative numbers: "
-            "pass raw counts (not scaled or log-normalised data)",
-            found=smallest,
-        )
+        _require(smallest >= 0, BAD_COUNT, found=smallest)
         if values.is_floating_point():
-            _require(largest < torch.inf, "x holds an infinite count, but counts must be finite")
+            _require(largest < torch.inf, INFINITE_COUNT)
         if values.device.type != "cpu" or smallest <= EPS:
             # CSR may store zeros, and scvi-tools takes anything below 1e-8 for one.
             kept = values > EPS

@@ -1,0 +1,23 @@
+// The kernels, once for each instruction set, and the choice between them.
+
+#pragma once
+
+#include "count_nll.h"
+
+namespace decoder_fast {
+
+struct Kernels {
+    const char* instruction_set;
+    std::int32_t (*count_nll)(CountNll&);
+};
+
+// Each is null where the compiler or the target has no such instruction set.
+extern const Kernels* const kernels_avx512;
+extern const Kernels* const kernels_avx2;
+extern const Kernels* const kernels_portable;
+
+// The fastest that this processor can run; the environment variable
+// DECODER_FAST_INSTRUCTION_SET=avx512|avx2|portable can choose a slower one.
+const Kernels& kernels();
+
+}  // namespace decoder_fast

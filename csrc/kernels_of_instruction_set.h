@@ -1,0 +1,23 @@
+// Everything that is compiled for one instruction set. The file that includes this has defined
+// DECODER_FAST_INSTRUCTION_SET and SIMD_HEADER, and told the compiler which instructions it may use.
+//
+// Nothing here may call a function template or inline function of the standard library: the linker
+// keeps one copy of such a function, which could be one that only this instruction set can run.
+
+namespace decoder_fast {
+namespace DECODER_FAST_INSTRUCTION_SET {
+namespace {
+
+#include SIMD_HEADER
+
+#include "vector_math.h"
+
+#include "gemm.h"
+
+#include "count_nll_nonzero.h"
+
+#include "count_nll_kernel.h"
+
+}  // namespace
+}  // namespace DECODER_FAST_INSTRUCTION_SET
+}  // namespace decoder_fast

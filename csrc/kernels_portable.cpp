@@ -1,0 +1,12 @@
+#include "includes.h"
+
+#define DECODER_FAST_INSTRUCTION_SET portable
+#define SIMD_HEADER "simd_portable.h"
+#include "kernels_of_instruction_set.h"
+
+namespace decoder_fast {
+namespace {
+const Kernels table = {"portable", &portable::count_nll};
+}
+const Kernels* const kernels_portable = &table;
+}  // namespace decoder_fast

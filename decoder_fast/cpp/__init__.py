@@ -1,0 +1,1 @@
+"""One file an operation: what calls its native CPU kernel in ``csrc``."""

@@ -1,0 +1,221 @@
+"""``count_nll`` on CPUs: hands the tensors to the kernel in ``csrc``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from ctypes import c_double, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..reference import count_nll as reference
+from ..reference.count_nll import Inputs
+from ..reference.counts import BAD_COUNT, INFINITE_COUNT
+
+LIKELIHOODS = {"nb": 0, "zinb": 1, "poisson": 2}
+_ACTIVATIONS = {"softmax": 0, "softplus": 1}
+_NUMBER_TYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.int8: 2,
+    torch.uint8: 3,
+    torch.int16: 4,
+    torch.uint16: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+}
+_BAD_COUNT, _OUT_OF_MEMORY = 1, 2
+
+#: Inputs with a gradient of the same shape, which the kernel calls ``d_<name>``.
+_GRADIENTS = (
+    "hidden",
+    "scale_weight",
+    "scale_bias",
+    "dropout_weight",
+    "dropout_bias",
+    "r_weight",
+    "r_bias",
+    "px_r",
+)
+
+
+class _CountNLL(ctypes.Structure):
+    """``decoder_fast::CountNll`` of ``csrc/count_nll.h``, field by field."""
+
+    _fields_ = (
+        [(name, c_int64) for name in ("n_rows", "n_cells", "n_genes", "n_hidden", "n_px_r")]
+        + [
+            (name, c_int32)
+            for name in ("likelihood", "activation", "n_threads", "fast_products")
+        ]
+        + [
+            (name, c_void_p)
+            for name in (
+                "hidden",
+                "library",
+                "scale_weight",
+                "scale_bias",
+                "dropout_weight",
+                "dropout_bias",
+                "r_weight",
+                "r_bias",
+                "px_r",
+                "px_r_index",
+                "dense",
+            )
+        ]
+        + [("dense_stride", c_int64)]
+        + [(name, c_void_p) for name in ("crow", "column", "values")]
+        + [("counts_type", c_int32), ("index_type", c_int32)]
+        + [(name, c_void_p) for name in ("upstream", "nll", "log_sum_exp", "d_log_mu")]
+        + [(f"d_{name}", c_void_p) for name in _GRADIENTS]
+        + [("found", c_double)]
+    )
+
+
+@functools.cache
+def _kernel() -> Callable[..., int]:
+    library = native.load()
+    size = library.decoder_fast_count_nll_size
+    size.restype = c_int64
+    if size() != ctypes.sizeof(_CountNLL):
+        raise RuntimeError("csrc/count_nll.h and decoder_fast/cpp/count_nll.py disagree")
+    kernel = library.decoder_fast_count_nll
+    kernel.restype = c_int32
+    kernel.argtypes = [ctypes.POINTER(_CountNLL)]
+    return kernel  # type: ignore[no-any-return]
+
+
+def _countable(counts: Tensor) -> Tensor:
+    """Convert the dtypes that the kernel does not read."""
+    if counts.dtype in _NUMBER_TYPES:
+        return counts
+    return counts.to(torch.float32 if counts.is_floating_point() else torch.int64)
+
+
+def _run(
+    inputs: Inputs,
+    upstream: Tensor | None,
+    values: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+) -> None:
+    """Call the kernel, which fills ``values`` (nll and the like) and ``gradients``."""
+    n_samples, n_cells, n_hidden = inputs.hidden.shape
+    counts = inputs.counts
+    keep: list[Tensor] = []  # alive until the kernel has returned
+
+    def pointer(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        keep.append(tensor.contiguous())
+        return keep[-1].data_ptr()
+
+    arguments = _CountNLL(
+        n_rows=n_samples * n_cells,
+        n_cells=n_cells,
+        n_genes=inputs.scale_weight.shape[0],
+        n_hidden=n_hidden,
+        n_px_r=1 if inputs.px_r_index is None else inputs.px_r.shape[1],  # type: ignore[union-attr]
+        likelihood=LIKELIHOODS[inputs.likelihood],
+        activation=_ACTIVATIONS[inputs.scale_activation],
+        n_threads=torch.get_num_threads(),
+        fast_products=torch.get_float32_matmul_precision() == "medium",
+        px_r_index=pointer(inputs.px_r_index),
+        upstream=pointer(upstream),
+    )
+    for name in ("library", *_GRADIENTS):
+        setattr(arguments, name, pointer(getattr(inputs, name)))
+    if counts.dense is not None:
+        dense = _countable(counts.dense)
+        if dense.stride(1) != 1:
+            dense = dense.contiguous()
+        keep.append(dense)
+        arguments.dense = dense.data_ptr()
+        arguments.dense_stride = dense.stride(0)
+        arguments.counts_type = _NUMBER_TYPES[dense.dtype]
+    else:
+        csr_values = _countable(counts.values)
+        crow, column = counts.crow, counts.col
+        if crow.dtype != column.dtype:
+            crow, column = crow.long(), column.long()
+        arguments.crow, arguments.column = pointer(crow), pointer(column)
+        arguments.values = pointer(csr_values)
+        arguments.counts_type = _NUMBER_TYPES[csr_values.dtype]
+        arguments.index_type = _NUMBER_TYPES[crow.dtype]
+    for name, tensor in values.items():
+        setattr(arguments, name, tensor.data_ptr())
+    for name, tensor in gradients.items():
+        setattr(arguments, f"d_{name}", tensor.data_ptr())
+
+    status = _kernel()(arguments)
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError("count_nll: no memory for the workspace of the native CPU kernel")
+    if status == _BAD_COUNT:
+        if arguments.found == math.inf:
+            raise ValueError(INFINITE_COUNT)
+        raise ValueError(f"{BAD_COUNT} (found {arguments.found:g})")
+
+
+def _is_empty(inputs: Inputs) -> bool:
+    return inputs.hidden.numel() == 0 or inputs.scale_weight.numel() == 0
+
+
+def _empty_values(inputs: Inputs) -> dict[str, Tensor]:
+    shape = inputs.hidden.shape[:2]
+    return {
+        name: inputs.hidden.new_empty(shape) for name in ("nll", "log_sum_exp", "d_log_mu")
+    }
+
+
+def _empty_gradients(inputs: Inputs, wanted: frozenset[str]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
+        for name in _GRADIENTS
+        if name in wanted and getattr(inputs, name) is not None
+    }
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what :func:`decoder_fast.reference.count_nll.forward` computes."""
+    if _is_empty(inputs):
+        return reference.forward(inputs)
+    values = _empty_values(inputs)
+    _run(inputs, None, values, {})
+    return values["nll"], values["log_sum_exp"], values["d_log_mu"]
+
+
+def forward_and_backward(
+    inputs: Inputs, wanted: frozenset[str]
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """Compute forward, and the gradients for an upstream gradient of 1, at once.
+
+    In this order no product of the heads is taken twice.
+    """
+    if _is_empty(inputs):
+        results = reference.forward(inputs)
+        ones = torch.ones_like(results[0])
+        return results, reference.backward(inputs, ones, *results[1:], wanted)
+    values = _empty_values(inputs)
+    gradients = _empty_gradients(inputs, wanted)
+    _run(inputs, None, values, gradients)
+    if "library" in wanted:
+        gradients["library"] = -values["d_log_mu"]
+    return (values["nll"], values["log_sum_exp"], values["d_log_mu"]), gradients
+
+
+def backward(
+    inputs: Inputs, grad: Tensor, lse: Tensor, usum: Tensor, wanted: frozenset[str]
+) -> dict[str, Tensor]:
+    """Compute what :func:`decoder_fast.reference.count_nll.backward` computes."""
+    if _is_empty(inputs):
+        return reference.backward(inputs, grad, lse, usum, wanted)
+    gradients = _empty_gradients(inputs, wanted)
+    if gradients:
+        _run(inputs, grad, {}, gradients)
+    if "library" in wanted:
+        gradients["library"] = -grad * usum
+    return gradients
