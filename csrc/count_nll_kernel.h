@@ -14,7 +14,7 @@ constexpr float eps = 1e-8f;
 constexpr std::int64_t most_cells = 256;    // of a block
 constexpr std::int64_t most_tile = 96;      // genes of a tile: e and the products' operands stay
                                             // in the second-level cache
-constexpr std::int64_t most_chunks = 64;
+constexpr std::int64_t most_chunks = 32;
 constexpr std::int64_t most_workspace = 1 << 26;  // bytes of e and d, if 64 cells fit at all
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t unit) {
@@ -25,7 +25,7 @@ inline T least(T a, T b) {
     return a < b ? a : b;
 }
 
-// What is in a tile besides its dense part.
+// The counts of a tile that are not zero, and what there is at their places before it is replaced.
 struct Nonzeros {
     std::int64_t n;
     std::int32_t* gene;  // within the tile
@@ -47,6 +47,7 @@ struct Worker {
     float* slope;      // by cell, for one tile
     float* nll;        // by cell, of one tile
     float* u;          // by cell, of one tile
+    float *a_row, *u_row, *d_log_theta_row;  // by cell, of one gene
     std::int64_t* cursor;  // by cell: where in its row of CSR counts
     Nonzeros nonzeros;
     bool has_bad_count;
@@ -158,7 +159,10 @@ inline void carve(Call& c, Carver& memory) {
         memory.take(w.r, c.by_element ? c.tile * c.ld : 0);
         memory.take(w.weights, padded ? c.tile * c.n_hidden_padded : 0);
         memory.take(w.d_weights, padded ? c.tile * c.n_hidden_padded : 0);
-        for (float** p : {&w.ratio, &w.factor, &w.slope, &w.nll, &w.u}) memory.take(*p, cells);
+        for (float** p : {&w.ratio, &w.factor, &w.slope, &w.nll, &w.u, &w.a_row, &w.u_row,
+                          &w.d_log_theta_row}) {
+            memory.take(*p, cells);
+        }
         memory.take(w.cursor, cells);
         const std::int64_t most = c.tile * cells;
         memory.take(w.nonzeros.gene, most);
@@ -174,19 +178,32 @@ inline void carve(Call& c, Carver& memory) {
 // ---------------------------------------------------------------------------------------------
 // Counts
 
-inline void keep_nonzero(Worker& w, std::int32_t gene, std::int32_t cell, double x) {
-    if (x > 1e-8 && x < HUGE_VAL) {
-        Nonzeros& z = w.nonzeros;
-        z.gene[z.n] = gene;
-        z.cell[z.n] = cell;
-        z.x[z.n] = x;
-        ++z.n;
-    } else if (!(x >= 0.0 && x < HUGE_VAL)) {
-        // The smallest is what gets reported; NaN counts as smaller than any.
-        if (!w.has_bad_count || !(x >= w.bad_count)) w.bad_count = x;
+// Appends to a worker's list; a local copy of its pointers, for the compiler to keep in registers.
+struct Appender {
+    explicit Appender(Worker& worker)
+        : w(worker), n(0), gene(worker.nonzeros.gene), cell(worker.nonzeros.cell),
+          x(worker.nonzeros.x) {}
+
+    void append(std::int64_t in_gene, std::int64_t in_cell, double count) {
+        gene[n] = static_cast<std::int32_t>(in_gene);
+        cell[n] = static_cast<std::int32_t>(in_cell);
+        x[n] = count;
+        if (count > 1e-8 && count < HUGE_VAL) ++n;
+        else if (!(count >= 0.0 && count < HUGE_VAL)) refuse(count);
+    }
+
+    // What gets reported is the smallest; NaN counts as smaller than any.
+    void refuse(double count) {
+        if (!w.has_bad_count || !(count >= w.bad_count)) w.bad_count = count;
         w.has_bad_count = true;
     }
-}
+
+    Worker& w;
+    std::int64_t n;
+    std::int32_t* const gene;
+    std::int32_t* const cell;
+    double* const x;
+};
 
 // For types whose instruction set has no such instruction.
 template <class T>
@@ -198,23 +215,24 @@ inline unsigned nonzero_bits(const T* p) {
 
 template <class T>
 inline void scan_dense(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
+    Appender list(w);
     for (std::int64_t row = 0; row < c.n_rows; ++row) {
         const std::int64_t cell = (c.first_row + row) % c.in.n_cells;
         const T* x = static_cast<const T*>(c.in.dense) + cell * c.in.dense_stride + gene;
         std::int64_t i = 0;
         for (; i + lanes <= n; i += lanes) {
+            // The next tile's counts of this cell; past the end of a row this does no harm.
+            __builtin_prefetch(x + n + i);
             for (unsigned bits = nonzero_bits(x + i); bits != 0; bits &= bits - 1) {
                 const std::int64_t at = i + __builtin_ctz(bits);
-                keep_nonzero(w, static_cast<std::int32_t>(at), static_cast<std::int32_t>(row),
-                             static_cast<double>(x[at]));
+                list.append(at, row, static_cast<double>(x[at]));
             }
         }
         for (; i < n; ++i) {
-            if (x[i] == T(0)) continue;
-            keep_nonzero(w, static_cast<std::int32_t>(i), static_cast<std::int32_t>(row),
-                         static_cast<double>(x[i]));
+            if (x[i] != T(0)) list.append(i, row, static_cast<double>(x[i]));
         }
     }
+    w.nonzeros.n = list.n;
 }
 
 template <class T, class Index>
@@ -223,15 +241,19 @@ inline void scan_csr(const Call& c, Worker& w, std::int64_t gene, std::int64_t n
     const Index* column = static_cast<const Index*>(c.in.column);
     const T* values = static_cast<const T*>(c.in.values);
     const std::int64_t end = gene + n;
-    for (std::int64_t i = 0; i < c.n_rows; ++i) {
-        const std::int64_t stop = crow[(c.first_row + i) % c.in.n_cells + 1];
-        std::int64_t p = w.cursor[i];
+    Appender list(w);
+    for (std::int64_t row = 0; row < c.n_rows; ++row) {
+        const std::int64_t stop = crow[(c.first_row + row) % c.in.n_cells + 1];
+        std::int64_t p = w.cursor[row];
         for (; p < stop && column[p] < end; ++p) {
-            keep_nonzero(w, static_cast<std::int32_t>(column[p] - gene),
-                         static_cast<std::int32_t>(i), static_cast<double>(values[p]));
+            list.append(column[p] - gene, row, static_cast<double>(values[p]));
         }
-        w.cursor[i] = p;
+        w.cursor[row] = p;
+        // What the next tile reads of this row: as many rows are read in turn, no hardware sees it.
+        __builtin_prefetch(column + p + 8);
+        __builtin_prefetch(values + p + 8);
     }
+    w.nonzeros.n = list.n;
 }
 
 // Sets the cursor of each row to the first gene of a chunk.
@@ -260,7 +282,6 @@ inline void scan_of(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
 
 // Lists the counts of a tile that are not zero.
 inline void scan(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
-    w.nonzeros.n = 0;
     switch (c.in.counts_type) {
         case type_float32: return scan_of<float>(c, w, gene, n);
         case type_float64: return scan_of<double>(c, w, gene, n);
@@ -484,6 +505,8 @@ inline void tile_ratio(const Call& c, std::int64_t tile, float* ratio) {
 // Phase 2: the likelihood. Elements are treated as if every count were zero; where it is not, e is
 // set to 0 for the time, which makes all of an element's terms exactly zero.
 
+// A row of the tile is passed twice for zinb: one long chain of dependent operations would leave
+// the processor waiting, two short ones overlap.
 template <int likelihood, bool by_element, bool gradients>
 inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
     const std::int64_t cells = c.n_cells_padded;
@@ -491,8 +514,7 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
     for (std::int64_t i = 0; i < n; ++i) {
         const std::int64_t g = gene + i;
         const float* e = c.e + g * c.ld;
-        float* d = gradients ? c.d + g * c.ld : nullptr;
-        float* dropout = w.dropout + i * c.ld;
+        float* d = gradients ? c.d + g * c.ld : w.u_row;
         float* r = w.r + i * c.ld;
         V theta = zero(), theta_eps = zero(), inv_theta_eps = zero(), eps_ratio = zero();
         if (likelihood != poisson && !by_element) {
@@ -501,7 +523,7 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
             inv_theta_eps = set1(c.inv_theta_eps[g]);
             eps_ratio = set1(c.eps_ratio[g]);
         }
-        V d_theta = zero(), d_dropout_sum = zero();
+        V d_theta = zero();
         for (std::int64_t j = 0; j < cells; j += lanes) {
             const V mu = mul(load(e + j), load(w.factor + j));
             if (likelihood == poisson) {
@@ -521,13 +543,37 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
             const V q = mul(mu, inv_t);
             const Log log1p_v = log_of(add(one, v), v);
             const V a = mul(theta, log1p_v.value);
-            V u = mul(theta, q);  // minus the derivative by log(mu)
-            V weight = load(c.row_weight + j);
+            const V u = neg(mul(theta, q));  // the derivative by log(mu)
             if (likelihood == nb) {
                 store(w.nll + j, add(load(w.nll + j), a));
+                store(w.u + j, add(load(w.u + j), u));
             } else {
+                store(w.a_row + j, a);
+            }
+            if (gradients || likelihood == zinb) store(d + j, u);
+            if (gradients) {
+                // q - log1p(v): for small v as v^2 (1/2 - 1/(1 + v) - v Q(v)), without cancellation.
+                const V inv_one_plus_v = mul(theta_eps, inv_t);
+                const V series = mul(mul(v, v), fnma(v, log1p_v.q, sub(set1(0.5f), inv_one_plus_v)));
+                V d_log_theta = select(log1p_v.is_small, series, sub(q, log1p_v.value));
+                d_log_theta = fnma(eps_ratio, q, d_log_theta);
+                if (by_element) d_log_theta = mul(theta, d_log_theta);
+                if (likelihood == zinb) {
+                    store(w.d_log_theta_row + j, d_log_theta);
+                } else {
+                    d_log_theta = mul(d_log_theta, load(c.row_weight + j));
+                    if (by_element) store(r + j, d_log_theta);
+                    else d_theta = add(d_theta, d_log_theta);
+                }
+            }
+        }
+        if (likelihood == zinb) {
+            V d_dropout = zero();
+            float* dropout = w.dropout + i * c.ld;
+            for (std::int64_t j = 0; j < cells; j += lanes) {
                 // log(pi + (1 - pi) exp(-a)) with pi = sigmoid(dropout), as log(1 - x)
                 // with x = (1 - pi) (1 - exp(-a)).
+                const V a = load(w.a_row + j);
                 const V logit = load(dropout + j);
                 V exp_a, expm1_a;
                 exp_and_expm1(neg(a), exp_a, expm1_a);
@@ -542,7 +588,7 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
                 const V p0 = add(survives, pi);
                 V log_p0 = log_of(p0, minus_x).value;
                 const V inv_p0 = reciprocal(p0);
-                V from_counts = mul(survives, inv_p0);         // that a zero is not a dropout
+                V from_counts = mul(survives, inv_p0);  // probability that a zero is no dropout
                 V d_logit = neg(mul(mul(pi, minus_x), inv_p0));
                 const Mask tiny = less(p0, set1(1e-30f));
                 if (any(tiny)) {
@@ -552,38 +598,31 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
                     const V hi = reciprocal(add(one, es));
                     const V lo = mul(es, hi);
                     const Mask below = less(s, zero());
-                    const V sigmoid = select(below, lo, hi);
-                    const V rest = select(below, hi, lo);
                     log_p0 = select(tiny, add(max(logit, neg(a)), log1p(es)), log_p0);
-                    from_counts = select(tiny, sigmoid, from_counts);
-                    d_logit = select(tiny, rest, d_logit);
+                    from_counts = select(tiny, select(below, lo, hi), from_counts);
+                    d_logit = select(tiny, select(below, hi, lo), d_logit);
                 }
+                const V u = mul(load(d + j), from_counts);
                 store(w.nll + j, sub(load(w.nll + j), log_p0));
-                u = mul(u, from_counts);
+                store(w.u + j, add(load(w.u + j), u));
                 if (gradients) {
+                    const V weight = load(c.row_weight + j);
                     d_logit = mul(d_logit, weight);
+                    store(d + j, u);
                     store(dropout + j, d_logit);
-                    d_dropout_sum = add(d_dropout_sum, d_logit);
-                    weight = mul(weight, from_counts);
+                    d_dropout = add(d_dropout, d_logit);
+                    const V d_log_theta =
+                        mul(mul(weight, from_counts), load(w.d_log_theta_row + j));
+                    if (by_element) store(r + j, d_log_theta);
+                    else d_theta = add(d_theta, d_log_theta);
                 }
             }
-            store(w.u + j, sub(load(w.u + j), u));
-            if (gradients) {
-                store(d + j, neg(u));
-                // q - log1p(v): for small v as v^2 (1/2 - 1/(1 + v) - v Q(v)), without cancellation.
-                const V inv_one_plus_v = mul(theta_eps, inv_t);
-                const V series = mul(mul(v, v), fnma(v, log1p_v.q, sub(set1(0.5f), inv_one_plus_v)));
-                V d_log_theta = select(log1p_v.is_small, series, sub(q, log1p_v.value));
-                d_log_theta = fnma(eps_ratio, q, d_log_theta);
-                if (by_element) store(r + j, mul(mul(theta, weight), d_log_theta));
-                else d_theta = fma(weight, d_log_theta, d_theta);
+            if (gradients && c.in.d_dropout_bias != nullptr) {
+                c.in.d_dropout_bias[g] += sum(d_dropout);
             }
         }
-        if (gradients) {
-            if (likelihood != poisson && !by_element) c.d_log_theta[g] += c.theta[g] * sum(d_theta);
-            if (likelihood == zinb && c.in.d_dropout_bias != nullptr) {
-                c.in.d_dropout_bias[g] += sum(d_dropout_sum);
-            }
+        if (gradients && likelihood != poisson && !by_element) {
+            c.d_log_theta[g] += c.theta[g] * sum(d_theta);
         }
     }
 }

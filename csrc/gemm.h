@@ -18,6 +18,14 @@ inline void multiply_block(const float* A, std::int64_t row_stride, std::int64_t
                                  : (bias != nullptr ? set1(bias[i]) : zero());
         }
     }
+    // The next rows of A, where they lie one after another: they come from far away.
+    if (step == 1) {
+        for (int i = 0; i < R; ++i) {
+            for (std::int64_t p = 0; p < depth; p += 16) {
+                __builtin_prefetch(A + (R + i) * row_stride + p);
+            }
+        }
+    }
     for (std::int64_t p = 0; p < depth; ++p) {
         V b[N];
 #pragma GCC unroll 8

@@ -5,6 +5,9 @@ distribution for ``log_prob(x).sum(-1)``. A :class:`LazyTensor` stands in for an
 it has shape, dtype and device, and remembers what it would be computed from. Where only the summed
 log-likelihood is asked for, the cells x genes values are never computed. Anything else that
 touches a lazy tensor computes it first, so that code which knows nothing of it is right.
+
+On the way in, :class:`LazyCounts` shows CSR counts to the encoder as the dense tensor that it
+expects, and keeps the CSR at hand for the likelihood.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .ops._common import check_labels
 
-__all__ = ["LazyExp", "LazyExpanded", "LazyOneHots", "LazyRows", "LazyTensor"]
+__all__ = ["LazyCounts", "LazyExp", "LazyExpanded", "LazyOneHots", "LazyRows", "LazyTensor"]
 
 _METADATA = frozenset(
     [
@@ -103,6 +106,57 @@ class LazyTensor(Tensor):
 def real(value: Any) -> Any:
     """Return the values of a lazy tensor, and anything else as it is."""
     return value.materialise() if isinstance(value, LazyTensor) else value
+
+
+def summed_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> int | None:
+    """Return the one dimension that ``func`` sums over; None if it does anything else."""
+    if func not in (torch.sum, Tensor.sum) or len(args) > 2 or set(kwargs) - {"dim"}:
+        return None
+    dim = args[1] if len(args) == 2 else kwargs.get("dim")
+    if isinstance(dim, (list, tuple)) and len(dim) == 1:
+        dim = dim[0]
+    n_dims = args[0].dim()
+    return dim % n_dims if isinstance(dim, int) and -n_dims <= dim < n_dims else None
+
+
+class LazyCounts(LazyTensor):
+    """A dense cells x genes tensor, its original ``csr`` still at hand.
+
+    ``csr`` is ``torch.sparse_csr`` of a floating dtype, without duplicates.
+    """
+
+    csr: Tensor
+
+    @classmethod
+    def of(cls, csr: Tensor) -> LazyCounts:
+        """Show CSR counts as dense ones."""
+        return cls(csr.shape, csr.dtype, csr.device, csr=csr)
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return self._dense(self.csr.values())
+
+    def _dense(self, values: Tensor) -> Tensor:
+        """Put values in the places of the counts: to_dense(), in half its time."""
+        n_cells, n_genes = self.shape
+        crow, col = self.csr.crow_indices(), self.csr.col_indices()
+        start = torch.arange(n_cells, device=col.device) * n_genes
+        place = start.repeat_interleave(crow.diff(), output_size=col.numel()).add_(col)
+        dense = torch.zeros(n_cells * n_genes, dtype=values.dtype, device=values.device)
+        return dense.scatter_(0, place, values).view(n_cells, n_genes)
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Answer what the encoder and the library size ask for from the non-zeros."""
+        if func in (torch.log1p, Tensor.log1p) and not kwargs:
+            return self._dense(self.csr.values().log1p())
+        if summed_dim(func, args, kwargs) == 1:
+            # One after the other, where a dense sum is pairwise: in float64, to be as accurate.
+            values, crow = self.csr.values().double(), self.csr.crow_indices().long()
+            return torch.segment_reduce(values, "sum", offsets=crow).to(self.dtype)
+        if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
+            moved = self.csr.to(*args[1:], **kwargs)
+            return self if moved is self.csr else LazyCounts.of(moved)
+        return NotImplemented
 
 
 class LazyExpanded(LazyTensor):

@@ -7,6 +7,9 @@ optimizers stay as they are, and a saved model knows nothing of it.
 In a fused module the decoder's outputs are lazy (:mod:`decoder_fast.lazy`), and the distributions
 that the model builds from them answer ``log_prob(x).sum(-1)`` by
 :meth:`decoder_fast.DecoderSCVI.hidden_loss`. The losses of the models are their own.
+
+A fused model's ``train`` has its data splitter hand over CSR counts as CSR: the module sees them as
+dense (:class:`decoder_fast.lazy.LazyCounts`), the fused likelihood takes the CSR.
 """
 
 from __future__ import annotations
@@ -14,18 +17,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from . import nn as fast
-from .lazy import LazyExp, LazyExpanded, LazyOneHots, LazyRows, LazyTensor, broadcast, real
+from .lazy import (
+    LazyCounts,
+    LazyExp,
+    LazyExpanded,
+    LazyOneHots,
+    LazyRows,
+    LazyTensor,
+    broadcast,
+    real,
+    summed_dim,
+)
 
 try:
     import scvi.nn as scvi_nn
+    from scvi import dataloaders
     from scvi import distributions as scvi_distributions
 except ImportError as error:
     raise ImportError(
@@ -186,7 +203,7 @@ def _reconstruction_loss(
     if dispersion is None:
         return None
     return decoded.decoder.hidden_loss(
-        x, decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
+        getattr(x, "csr", x), decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
     )
 
 
@@ -203,12 +220,7 @@ class LazyLogProb(LazyTensor):
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Sum over genes by the fused operation."""
-        if func not in (torch.sum, Tensor.sum) or len(args) > 2 or set(kwargs) - {"dim"}:
-            return NotImplemented
-        dim = args[1] if len(args) == 2 else kwargs.get("dim")
-        if isinstance(dim, (list, tuple)) and len(dim) == 1:
-            dim = dim[0]
-        if not isinstance(dim, int) or dim not in (-1, self.dim() - 1):
+        if summed_dim(func, args, kwargs) != self.dim() - 1:
             return NotImplemented
         return -self.fused()
 
@@ -339,6 +351,13 @@ _LOSS_METHODS: dict[str, Callable[[Any], str]] = {
 }
 
 
+def _takes_csr(module: nn.Module) -> bool:
+    """Whether the fused likelihood of a module gets the counts as the loader handed them over."""
+    return isinstance(module, _FusedModule) and not any(
+        hasattr(module, name) for name in _LOSS_METHODS
+    )
+
+
 @functools.cache
 def _fused_module_class(stock_class: type) -> type:
     """Make the subclass of a module's class in which the decoder's outputs are lazy."""
@@ -385,6 +404,114 @@ def _fused_loss_method(
     return method
 
 
+class _FusedSplitter:
+    """What the data splitters of fused models share: CSR counts are handed over as CSR."""
+
+    trainer: Any
+
+    def __init__(self, *args: Any, load_sparse_tensor: bool = False, **kwargs: Any) -> None:
+        # _FusedTrain has read what the user said of it; here it may be only scvi-tools' default.
+        super().__init__(*args, **kwargs)
+
+    def train_dataloader(self) -> Any:
+        """Create the loader of the training set."""
+        return self._in_csr(super().train_dataloader())  # type: ignore[misc]
+
+    def val_dataloader(self) -> Any:
+        """Create the loader of the validation set."""
+        return self._in_csr(super().val_dataloader())  # type: ignore[misc]
+
+    def test_dataloader(self) -> Any:
+        """Create the loader of the test set."""
+        return self._in_csr(super().test_dataloader())  # type: ignore[misc]
+
+    def _in_csr(self, loader: Any) -> Any:
+        """Have a loader hand over CSR tensors, if there is CSR to hand over and a place for it."""
+        if loader is None or self.trainer.strategy.root_device.type == "mps":  # it has no CSR
+            return loader
+        # SCANVI's second loader, of labelled cells, is for its classifier alone.
+        first = loader.dataloaders[0] if hasattr(loader, "dataloaders") else loader
+        dataset = first.dataset.dataset
+        stored = [data for data in dataset.data.values() if sparse.issparse(data)]
+        # scvi-tools makes CSR tensors of csr_matrix alone; LazyCounts takes no duplicates.
+        if stored and all(
+            isinstance(data, sparse.csr_matrix) and data.has_canonical_format for data in stored
+        ):
+            _silence_torch_about_csr()
+            dataset.load_sparse_tensor = True
+        return loader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Show CSR tensors as dense, where scvi-tools' splitter makes them dense."""
+        if isinstance(batch, dict):
+            return {key: self._shown(value) for key, value in batch.items()}
+        return [self.on_after_batch_transfer(part, dataloader_idx) for part in batch]
+
+    def _shown(self, value: Any) -> Any:
+        """Show one CSR tensor as dense, the CSR at hand as its ``csr``; leave others alone."""
+        if not isinstance(value, Tensor) or value.layout is not torch.sparse_csr:
+            return value
+        counts = LazyCounts.of(value)
+        if not hasattr(self.trainer.lightning_module.module, "_orig_mod"):
+            return counts
+        # torch.compile's graphs would break at a lazy tensor, but let an attribute pass.
+        dense = counts.materialise()
+        dense.csr = value  # type: ignore[attr-defined]
+        return dense
+
+
+class FusedDataSplitter(_FusedSplitter, dataloaders.DataSplitter):
+    """scvi-tools' data splitter, handing over CSR counts as CSR."""
+
+
+class FusedSemiSupervisedDataSplitter(_FusedSplitter, dataloaders.SemiSupervisedDataSplitter):
+    """scvi-tools' data splitter, handing over CSR counts as CSR."""
+
+
+_FUSED_SPLITTERS: dict[type, type] = {
+    cls.__mro__[2]: cls for cls in (FusedDataSplitter, FusedSemiSupervisedDataSplitter)
+}
+
+
+@functools.cache
+def _silence_torch_about_csr() -> None:
+    """Have torch say now what it says once a process: CSR is in beta, and goes unchecked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        index = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), size=(0, 1))
+
+
+class _FusedTrain:
+    """``model.train`` of a fused model: that of its class, with a data splitter that keeps CSR."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, model: Any) -> None:
+        functools.update_wrapper(self, types.MethodType(type(model).train, model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        train = self.__wrapped__
+        model: Any = train.__self__  # type: ignore[attr-defined]
+        splitter = _FUSED_SPLITTERS.get(getattr(model, "_data_splitter_cls", object))
+        if splitter is None or not _takes_csr(model.module):
+            return train(*args, **kwargs)
+        said = {**inspect.signature(train).bind(*args, **kwargs).arguments, **kwargs}
+        options = dict(said.get("datasplitter_kwargs") or {})
+        wanted = options.pop("load_sparse_tensor", said.get("load_sparse_tensor", True))
+        # Not every model's train and data splitter know the option.
+        kwargs.pop("load_sparse_tensor", None)
+        if "datasplitter_kwargs" in kwargs:
+            kwargs["datasplitter_kwargs"] = options
+        if not wanted:
+            return train(*args, **kwargs)
+        model._data_splitter_cls = splitter
+        try:
+            return train(*args, **kwargs)
+        finally:
+            del model._data_splitter_cls
+
+
 def _modules(model: Any) -> nn.Module:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if not isinstance(module, nn.Module):
@@ -407,6 +534,12 @@ def fuse(model: _Model) -> _Model:
     Works before and after training. Results are those of the stock model to float32 rounding; a
     saved model loads in stock scvi-tools. ``load``, ``load_query_data`` and ``from_scvi_model``
     build a stock model: fuse it again.
+
+    Counts that AnnData holds as a ``scipy.sparse.csr_matrix`` (in memory, indices sorted, without
+    duplicates) are trained on in CSR: no dense mini-batch is built for the likelihood, and the
+    encoder is given ``log1p`` of the non-zeros. ``model.train(load_sparse_tensor=False)`` turns
+    that off. Dense mini-batches remain for MULTIVI and ContrastiveVI, for a ``datamodule`` of the
+    user's own, on MPS, and where a module is fused instead of its model.
 
     Parameters
     ----------
@@ -441,6 +574,8 @@ def fuse(model: _Model) -> _Model:
         has_loss = hasattr(owner, "generative") and hasattr(owner, "loss")
         if owns and has_loss and not _is_fused(owner):
             owner.__class__ = _fused_module_class(type(owner))  # type: ignore[arg-type]
+    if module is not model and hasattr(type(model), "train") and "train" not in vars(model):
+        model.train = _FusedTrain(model)  # type: ignore[attr-defined]
     return model
 
 
@@ -473,6 +608,8 @@ def unfuse(model: _Model) -> _Model:
         module,
         {FusedDecoderSCVI: scvi_nn.DecoderSCVI, FusedFCLayers: scvi_nn.FCLayers},
     )
+    if isinstance(vars(model).get("train"), _FusedTrain):
+        del model.train  # type: ignore[attr-defined]
     return model
 
 
