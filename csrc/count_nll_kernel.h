@@ -42,6 +42,8 @@ struct Worker {
     float* r;          // tile: log theta of each element, then its gradient
     float* weights;    // tile of weights with padded rows
     float* d_weights;
+    // bfloat16 products: a tile of weights and of gradients, paired by unit or cell, and by gene.
+    std::uint32_t *weight_by_unit, *weight_by_gene, *d_by_cell, *d_by_gene;
     float* ratio;      // by cell, for one tile: exp(tile maximum - maximum)
     float* factor;     // by cell, for one tile: e times it is mu
     float* slope;      // by cell, for one tile
@@ -61,6 +63,7 @@ struct Call {
     bool gradients;       // any is wanted
     bool by_element;      // theta differs by cell
     bool h_by_cell_wanted;
+    bool fast_products;   // in bfloat16
     int n_workers;
 
     std::int64_t n_cells_padded;  // of a block, with padding
@@ -77,6 +80,7 @@ struct Call {
     float *e, *d;
     // Hidden units of the block in panels: unit by unit, and cell by cell.
     float *h_by_unit, *h_by_cell;
+    std::uint32_t *h_by_unit_pairs, *h_by_cell_pairs;
     // By tile and cell.
     float *tile_max, *tile_sum;
     // By cell.
@@ -91,6 +95,7 @@ struct Call {
     std::int64_t n_rows;     // of the block
     bool first_block;
 
+    std::int64_t unit_pairs() const { return (in.n_hidden + 1) / 2; }
     std::int64_t chunk_start(std::int64_t k) const { return least(k * chunk, in.n_genes); }
 };
 
@@ -141,8 +146,11 @@ inline void carve(Call& c, Carver& memory) {
         memory.take(*p, genes);
     memory.take(c.e, in.n_genes * c.ld);
     memory.take(c.d, c.gradients ? in.n_genes * c.ld : 0);
-    memory.take(c.h_by_unit, in.n_hidden * cells);
-    memory.take(c.h_by_cell, c.h_by_cell_wanted ? c.n_hidden_padded * cells : 0);
+    const std::int64_t n_h_by_cell = c.h_by_cell_wanted ? c.n_hidden_padded * cells : 0;
+    memory.take(c.h_by_unit, c.fast_products ? 0 : in.n_hidden * cells);
+    memory.take(c.h_by_cell, c.fast_products ? 0 : n_h_by_cell);
+    memory.take(c.h_by_unit_pairs, c.fast_products ? c.unit_pairs() * cells : 0);
+    memory.take(c.h_by_cell_pairs, c.fast_products ? n_h_by_cell / 2 : 0);
     memory.take(c.tile_max, n_tiles * cells);
     memory.take(c.tile_sum, n_tiles * cells);
     for (float** p : {&c.row_max, &c.row_factor, &c.row_weight, &c.row_slope})
@@ -157,6 +165,11 @@ inline void carve(Call& c, Carver& memory) {
         Worker w{};
         memory.take(w.dropout, in.likelihood == zinb ? c.tile * c.ld : 0);
         memory.take(w.r, c.by_element ? c.tile * c.ld : 0);
+        const std::int64_t gene_pairs = c.fast_products ? (c.tile + 1) / 2 : 0;
+        memory.take(w.weight_by_unit, c.fast_products ? c.tile * c.unit_pairs() : 0);
+        memory.take(w.weight_by_gene, gene_pairs * c.n_hidden_padded);
+        memory.take(w.d_by_cell, gene_pairs * 2 * (cells / 2));
+        memory.take(w.d_by_gene, gene_pairs * cells);
         memory.take(w.weights, padded ? c.tile * c.n_hidden_padded : 0);
         memory.take(w.d_weights, padded ? c.tile * c.n_hidden_padded : 0);
         for (float** p : {&w.ratio, &w.factor, &w.slope, &w.nll, &w.u, &w.a_row, &w.u_row,
@@ -297,10 +310,32 @@ inline void scan(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
 // ---------------------------------------------------------------------------------------------
 // Products with the heads
 
+#if DECODER_FAST_BF16
+inline void head_in_bf16(const Call& c, Worker& w, const float* weight, const float* bias,
+                         std::int64_t gene, std::int64_t n, float* out) {
+    const std::int64_t H = c.in.n_hidden, pairs = c.unit_pairs();
+    for (std::int64_t i = 0; i < n; ++i) {
+        const float* row = weight + (gene + i) * H;
+        store_row_as_pairs(w.weight_by_unit + i * pairs, row, H / 2);
+        if (H % 2 != 0) w.weight_by_unit[(i + 1) * pairs - 1] = pair(row[H - 1], 0.0f);
+    }
+    for (std::int64_t cell = 0; cell < c.n_cells_padded; cell += panel_width) {
+        const std::int64_t width = least<std::int64_t>(panel_width, c.n_cells_padded - cell);
+        multiply_panel<BFloat16>(w.weight_by_unit, pairs, 1, c.h_by_unit_pairs + cell * pairs, width,
+                                 out + cell, c.ld, n, pairs, static_cast<int>(width / lanes), false,
+                                 bias == nullptr ? nullptr : bias + gene);
+    }
+}
+#endif
+
 // out (n x cells) = weight h^T + bias.
-inline void head(const Call& c, const float* weight, const float* bias, std::int64_t gene,
+inline void head(const Call& c, Worker& w, const float* weight, const float* bias, std::int64_t gene,
                  std::int64_t n, float* out) {
     const std::int64_t H = c.in.n_hidden;
+    (void)w;
+#if DECODER_FAST_BF16
+    if (c.fast_products) return head_in_bf16(c, w, weight, bias, gene, n, out);
+#endif
     for (std::int64_t cell = 0; cell < c.n_cells_padded; cell += panel_width) {
         const std::int64_t width = least<std::int64_t>(panel_width, c.n_cells_padded - cell);
         multiply_panel(weight + gene * H, H, 1, c.h_by_unit + cell * H, width, out + cell, c.ld, n,
@@ -322,13 +357,52 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
         }
         rows = w.weights;
     }
+    float* out = aligned ? d_weight + gene * H : w.d_weights;
+    const bool add_to_out = aligned && !c.first_block;
+#if DECODER_FAST_BF16
+    const std::int64_t gene_pairs = (n + 1) / 2;
+    if (c.fast_products) {
+        if (d_weight != nullptr) {
+            for (std::int64_t i = 0; i < n; ++i) {
+                store_row_as_pairs(w.d_by_cell + i * (cells / 2), d + i * c.ld, cells / 2);
+            }
+        }
+        for (std::int64_t i = 0; i < gene_pairs && d_hidden != nullptr; ++i) {
+            const bool both = 2 * i + 1 < n;
+            const float* first = d + 2 * i * c.ld;
+            for (std::int64_t j = 0; j < cells; j += lanes) {
+                store_pairs(w.d_by_gene + i * cells + j, load(first + j),
+                            both ? load(first + c.ld + j) : zero());
+            }
+            const float* row = rows + 2 * i * padded;
+            for (std::int64_t k = 0; k < padded; k += lanes) {
+                store_pairs(w.weight_by_gene + i * padded + k, load(row + k),
+                            both ? load(row + padded + k) : zero());
+            }
+        }
+    }
+#endif
     for (std::int64_t k = 0; k < padded; k += panel_width) {
         const std::int64_t width = least<std::int64_t>(panel_width, padded - k);
         const int vectors = static_cast<int>(width / lanes);
+#if DECODER_FAST_BF16
+        if (c.fast_products) {
+            if (d_weight != nullptr) {
+                multiply_panel<BFloat16>(w.d_by_cell, cells / 2, 1,
+                                         c.h_by_cell_pairs + k * (cells / 2), width, out + k,
+                                         padded, n, cells / 2, vectors, add_to_out, nullptr);
+            }
+            if (d_hidden != nullptr) {
+                multiply_panel<BFloat16>(w.d_by_gene, 1, cells, w.weight_by_gene + k, padded,
+                                         d_hidden + k, padded, cells, gene_pairs, vectors, true,
+                                         nullptr);
+            }
+            continue;
+        }
+#endif
         if (d_weight != nullptr) {
-            float* out = aligned ? d_weight + gene * H + k : w.d_weights + k;
-            multiply_panel(d, c.ld, 1, c.h_by_cell + k * cells, width, out, padded, n, cells,
-                           vectors, aligned && !c.first_block, nullptr);
+            multiply_panel(d, c.ld, 1, c.h_by_cell + k * cells, width, out + k, padded, n, cells,
+                           vectors, add_to_out, nullptr);
         }
         if (d_hidden != nullptr) {
             multiply_panel(d, 1, c.ld, rows + k, padded, d_hidden + k, padded, cells, n, vectors,
@@ -337,9 +411,9 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
     }
     if (!aligned && d_weight != nullptr) {
         for (std::int64_t i = 0; i < n; ++i) {
-            float* out = d_weight + (gene + i) * H;
+            float* to = d_weight + (gene + i) * H;
             const float* more = w.d_weights + i * padded;
-            for (std::int64_t k = 0; k < H; ++k) out[k] = c.first_block ? more[k] : out[k] + more[k];
+            for (std::int64_t k = 0; k < H; ++k) to[k] = c.first_block ? more[k] : to[k] + more[k];
         }
     }
 }
@@ -347,27 +421,57 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
 // ---------------------------------------------------------------------------------------------
 // Phase 0: hidden units into panels, and what belongs to each cell
 
-inline void pack(const Call& c, std::int64_t first_cell) {
+#if DECODER_FAST_BF16
+inline void pack_in_bf16(const Call& c, std::int64_t first_cell) {
     const CountNll& in = c.in;
     const std::int64_t H = in.n_hidden, cells = c.n_cells_padded;
     const std::int64_t panel = first_cell / panel_width * panel_width;
     const std::int64_t width = least<std::int64_t>(panel_width, cells - panel);
-    float* by_unit = c.h_by_unit + panel * H;
+    const auto value = [&](std::int64_t cell, std::int64_t k) {
+        return cell < c.n_rows && k < H ? in.hidden[(c.first_row + cell) * H + k] : 0.0f;
+    };
+    for (std::int64_t cell = first_cell; cell < first_cell + 16; ++cell) {
+        std::uint32_t* out = c.h_by_unit_pairs + panel * c.unit_pairs() + (cell - panel);
+        for (std::int64_t k = 0; k < H; k += 2) {
+            out[k / 2 * width] = pair(value(cell, k), value(cell, k + 1));
+        }
+    }
+    for (std::int64_t cell = first_cell; cell < first_cell + 16 && c.h_by_cell_wanted; cell += 2) {
+        for (std::int64_t k = 0; k < c.n_hidden_padded; ++k) {
+            const std::int64_t start = k / panel_width * panel_width;
+            const std::int64_t n = least<std::int64_t>(panel_width, c.n_hidden_padded - start);
+            c.h_by_cell_pairs[start * (cells / 2) + cell / 2 * n + k - start] =
+                pair(value(cell, k), value(cell + 1, k));
+        }
+    }
+}
+#endif
+
+inline void pack(const Call& c, std::int64_t first_cell) {
+    const CountNll& in = c.in;
+    const std::int64_t H = in.n_hidden, cells = c.n_cells_padded;
+    for (std::int64_t cell = first_cell; cell < first_cell + 16; ++cell) {
+        c.row_weight[cell] =
+            cell >= c.n_rows ? 0.0f
+                             : -(in.upstream == nullptr ? 1.0f : in.upstream[c.first_row + cell]);
+        c.row_slope[cell] = 0.0f;
+    }
+#if DECODER_FAST_BF16
+    if (c.fast_products) return pack_in_bf16(c, first_cell);
+#endif
     for (std::int64_t cell = first_cell; cell < first_cell + 16; ++cell) {
         const bool real = cell < c.n_rows;
         const float* h = in.hidden + (c.first_row + cell) * H;
-        float* out = by_unit + (cell - panel);
+        const std::int64_t panel = cell / panel_width * panel_width;
+        const std::int64_t width = least<std::int64_t>(panel_width, cells - panel);
+        float* out = c.h_by_unit + panel * H + (cell - panel);
         for (std::int64_t k = 0; k < H; ++k) out[k * width] = real ? h[k] : 0.0f;
-        if (c.h_by_cell_wanted) {
-            for (std::int64_t k = 0; k < c.n_hidden_padded; k += panel_width) {
-                const std::int64_t n = least<std::int64_t>(panel_width, c.n_hidden_padded - k);
-                float* row = c.h_by_cell + k * cells + cell * n;
-                for (std::int64_t j = 0; j < n; ++j) row[j] = real && k + j < H ? h[k + j] : 0.0f;
-            }
+        if (!c.h_by_cell_wanted) continue;
+        for (std::int64_t k = 0; k < c.n_hidden_padded; k += panel_width) {
+            const std::int64_t n = least<std::int64_t>(panel_width, c.n_hidden_padded - k);
+            float* row = c.h_by_cell + k * cells + cell * n;
+            for (std::int64_t j = 0; j < n; ++j) row[j] = real && k + j < H ? h[k + j] : 0.0f;
         }
-        c.row_weight[cell] =
-            !real ? 0.0f : -(in.upstream == nullptr ? 1.0f : in.upstream[c.first_row + cell]);
-        c.row_slope[cell] = 0.0f;
     }
 }
 
@@ -398,7 +502,7 @@ inline void gene_constants(const Call& c, std::int64_t chunk) {
 // ---------------------------------------------------------------------------------------------
 // Phase 1: e, and what the log-sum-exp needs
 
-inline void phase1(const Call& c, std::int64_t chunk) {
+inline void phase1(const Call& c, std::int64_t chunk, Worker& w) {
     const std::int64_t cells = c.n_cells_padded;
     for (std::int64_t t = 0; t < c.tiles_a_chunk; ++t) {
         const std::int64_t end = c.chunk_start(chunk + 1);
@@ -414,7 +518,7 @@ inline void phase1(const Call& c, std::int64_t chunk) {
             continue;
         }
         float* e = c.e + gene * c.ld;
-        head(c, c.in.scale_weight, c.in.scale_bias, gene, n, e);
+        head(c, w, c.in.scale_weight, c.in.scale_bias, gene, n, e);
         if (c.in.activation == softplus) {
             for (std::int64_t i = 0; i < n; ++i) {
                 for (std::int64_t j = 0; j < cells; j += lanes) {
@@ -758,7 +862,7 @@ inline LikelihoodOfTile choose_likelihood(const Call& c) {
 // Log theta of each element of a tile.
 inline void log_theta(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
     const CountNll& in = c.in;
-    if (in.r_weight != nullptr) return head(c, in.r_weight, in.r_bias, gene, n, w.r);
+    if (in.r_weight != nullptr) return head(c, w, in.r_weight, in.r_bias, gene, n, w.r);
     for (std::int64_t i = 0; i < n; ++i) {
         const float* row = in.px_r + (gene + i) * in.n_px_r;
         for (std::int64_t j = 0; j < c.n_cells_padded; ++j) {
@@ -814,7 +918,7 @@ inline void phase2(const Call& c, std::int64_t chunk, Worker& w) {
         const std::int64_t gene = start + t * c.tile, n = least(c.tile, end - gene);
         if (n <= 0) break;
         scan(c, w, gene, n);
-        if (in.likelihood == zinb) head(c, in.dropout_weight, in.dropout_bias, gene, n, w.dropout);
+        if (in.likelihood == zinb) head(c, w, in.dropout_weight, in.dropout_bias, gene, n, w.dropout);
         if (c.by_element) log_theta(c, w, gene, n);
         tile_ratio(c, chunk * c.tiles_a_chunk + t, w.ratio);
         for (std::int64_t j = 0; j < cells; j += lanes) {
@@ -927,6 +1031,7 @@ inline void start_genes(const Call& c, std::int64_t chunk) {
 inline std::int32_t count_nll(CountNll& in) {
     Call c(in);
     c.workers = nullptr;
+    c.fast_products = DECODER_FAST_BF16 && in.fast_products != 0;
     c.n_workers = in.n_threads < 1 ? 1 : in.n_threads;
     plan(c);
     Carver size{nullptr, 0};
@@ -938,7 +1043,7 @@ inline std::int32_t count_nll(CountNll& in) {
 
     auto start = [&c](std::int64_t chunk, int) { start_genes(c, chunk); };
     auto pack_cells = [&c](std::int64_t i, int) { pack(c, 16 * i); };
-    auto first = [&c](std::int64_t chunk, int) { phase1(c, chunk); };
+    auto first = [&c](std::int64_t chunk, int worker) { phase1(c, chunk, c.workers[worker]); };
     auto second = [&c](std::int64_t chunk, int worker) { phase2(c, chunk, c.workers[worker]); };
     auto third = [&c](std::int64_t chunk, int worker) { phase3(c, chunk, c.workers[worker]); };
     auto finish = [&c](std::int64_t cell, int) { finish_cell(c, cell); };

@@ -3,12 +3,22 @@
 
 constexpr int panel_width = block_vectors * lanes;
 
+// How the factors of a product are stored. `depth` counts Elements.
+struct Float32 {
+    using Element = float;
+    using Vector = V;
+    static Vector load_vector(const Element* p) { return load(p); }
+    static Vector broadcast(const Element* p) { return set1(*p); }
+    static V multiply_add(Vector a, Vector b, V c) { return fma(a, b, c); }
+};
+
 // C[i][j] = bias[i] + sum over p of A[i row_stride + p step] B[p ldb + j], for R rows and N vectors;
 // with `accumulate` the product is added to C instead, and bias is ignored.
-template <int R, int N>
-inline void multiply_block(const float* A, std::int64_t row_stride, std::int64_t step,
-                           const float* B, std::int64_t ldb, float* C, std::int64_t ldc,
-                           std::int64_t depth, bool accumulate, const float* bias) {
+template <class Format, int R, int N>
+inline void multiply_block(const typename Format::Element* A, std::int64_t row_stride,
+                           std::int64_t step, const typename Format::Element* B, std::int64_t ldb,
+                           float* C, std::int64_t ldc, std::int64_t depth, bool accumulate,
+                           const float* bias) {
     V c[R][N];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -27,14 +37,14 @@ inline void multiply_block(const float* A, std::int64_t row_stride, std::int64_t
         }
     }
     for (std::int64_t p = 0; p < depth; ++p) {
-        V b[N];
+        typename Format::Vector b[N];
 #pragma GCC unroll 8
-        for (int j = 0; j < N; ++j) b[j] = load(B + p * ldb + j * lanes);
+        for (int j = 0; j < N; ++j) b[j] = Format::load_vector(B + p * ldb + j * lanes);
 #pragma GCC unroll 8
         for (int i = 0; i < R; ++i) {
-            const V a = set1(A[i * row_stride + p * step]);
+            const typename Format::Vector a = Format::broadcast(A + i * row_stride + p * step);
 #pragma GCC unroll 8
-            for (int j = 0; j < N; ++j) c[i][j] = fma(a, b[j], c[i][j]);
+            for (int j = 0; j < N; ++j) c[i][j] = Format::multiply_add(a, b[j], c[i][j]);
         }
     }
 #pragma GCC unroll 8
@@ -44,15 +54,15 @@ inline void multiply_block(const float* A, std::int64_t row_stride, std::int64_t
     }
 }
 
-template <int N>
-inline void multiply_rows(const float* A, std::int64_t row_stride, std::int64_t step,
-                          const float* B, std::int64_t ldb, float* C, std::int64_t ldc,
-                          std::int64_t rows, std::int64_t depth, bool accumulate,
-                          const float* bias) {
+template <class Format, int N>
+inline void multiply_rows(const typename Format::Element* A, std::int64_t row_stride,
+                          std::int64_t step, const typename Format::Element* B, std::int64_t ldb,
+                          float* C, std::int64_t ldc, std::int64_t rows, std::int64_t depth,
+                          bool accumulate, const float* bias) {
     std::int64_t i = 0;
-#define DECODER_FAST_ROWS(R)                                                                  \
-    multiply_block<R, N>(A + i * row_stride, row_stride, step, B, ldb, C + i * ldc, ldc, depth, \
-                         accumulate, bias == nullptr ? nullptr : bias + i)
+#define DECODER_FAST_ROWS(R)                                                                   \
+    multiply_block<Format, R, N>(A + i * row_stride, row_stride, step, B, ldb, C + i * ldc,    \
+                                 ldc, depth, accumulate, bias == nullptr ? nullptr : bias + i)
     for (; i + block_rows <= rows; i += block_rows) DECODER_FAST_ROWS(block_rows);
     for (; i + 2 <= rows; i += 2) DECODER_FAST_ROWS(2);
     if (i < rows) DECODER_FAST_ROWS(1);
@@ -60,14 +70,15 @@ inline void multiply_rows(const float* A, std::int64_t row_stride, std::int64_t 
 }
 
 // The same for any number of rows, and one panel of `vectors` (1 to block_vectors) vectors.
-inline void multiply_panel(const float* A, std::int64_t row_stride, std::int64_t step,
-                           const float* B, std::int64_t ldb, float* C, std::int64_t ldc,
-                           std::int64_t rows, std::int64_t depth, int vectors, bool accumulate,
-                           const float* bias) {
+template <class Format = Float32>
+inline void multiply_panel(const typename Format::Element* A, std::int64_t row_stride,
+                           std::int64_t step, const typename Format::Element* B, std::int64_t ldb,
+                           float* C, std::int64_t ldc, std::int64_t rows, std::int64_t depth,
+                           int vectors, bool accumulate, const float* bias) {
     constexpr int most = block_vectors;
-#define DECODER_FAST_VECTORS(N)                                                                  \
-    multiply_rows<(N < most ? N : most)>(A, row_stride, step, B, ldb, C, ldc, rows, depth,       \
-                                         accumulate, bias)
+#define DECODER_FAST_VECTORS(N)                                                                \
+    multiply_rows<Format, (N < most ? N : most)>(A, row_stride, step, B, ldb, C, ldc, rows,    \
+                                                 depth, accumulate, bias)
     switch (vectors) {
         case 1: return DECODER_FAST_VECTORS(1);
         case 2: return DECODER_FAST_VECTORS(2);

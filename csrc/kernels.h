@@ -12,12 +12,13 @@ struct Kernels {
 };
 
 // Each is null where the compiler or the target has no such instruction set.
+extern const Kernels* const kernels_avx512_bf16;
 extern const Kernels* const kernels_avx512;
 extern const Kernels* const kernels_avx2;
 extern const Kernels* const kernels_portable;
 
 // The fastest that this processor can run; the environment variable
-// DECODER_FAST_INSTRUCTION_SET=avx512|avx2|portable can choose a slower one.
+// DECODER_FAST_INSTRUCTION_SET=avx512_bf16|avx512|avx2|portable can choose a slower one.
 const Kernels& kernels();
 
 }  // namespace decoder_fast

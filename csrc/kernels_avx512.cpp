@@ -11,6 +11,7 @@
 
 #define DECODER_FAST_INSTRUCTION_SET avx512
 #define SIMD_HEADER "simd_avx512.h"
+#define DECODER_FAST_BF16 0
 #include "kernels_of_instruction_set.h"
 
 #if defined(__clang__)

@@ -1,5 +1,6 @@
 // Everything that is compiled for one instruction set. The file that includes this has defined
-// DECODER_FAST_INSTRUCTION_SET and SIMD_HEADER, and told the compiler which instructions it may use.
+// DECODER_FAST_INSTRUCTION_SET, SIMD_HEADER and DECODER_FAST_BF16 (1 if it has products of bfloat16),
+// and told the compiler which instructions it may use.
 //
 // Nothing here may call a function template or inline function of the standard library: the linker
 // keeps one copy of such a function, which could be one that only this instruction set can run.
@@ -13,6 +14,10 @@ namespace {
 #include "vector_math.h"
 
 #include "gemm.h"
+
+#if DECODER_FAST_BF16
+#include "bf16_avx512.h"
+#endif
 
 #include "count_nll_nonzero.h"
 
