@@ -11,7 +11,7 @@ pytest.importorskip("scvi", reason="the bridge's lazy tensors stand in scvi-tool
 import scvi.nn
 
 from decoder_fast import fuse
-from decoder_fast.lazy import LazyOneHots, LazyRows, LazyTensor
+from decoder_fast.lazy import LazyCounts, LazyOneHots, LazyRows, LazyTensor
 from decoder_fast.scvi import LazyOutput, _lazy_outputs
 
 N, G = 11, 13
@@ -115,3 +115,92 @@ def test_lookups_refuse_labels_out_of_range():
         rows = linear(one_hot(torch.tensor([0, 5]), 5).float(), torch.randn(G, 5))
     with pytest.raises(ValueError, match="found label 5, but there are 5 categories"):
         rows.sum()
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counts():
+    """Counts lazy and dense; the first cell and the last gene are empty."""
+    torch.manual_seed(0)
+    dense = torch.poisson(torch.full((N, G), 0.4))
+    dense[0] = dense[:, -1] = 0
+    return LazyCounts.of(dense.to_sparse_csr()), dense
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_counts_look_dense(counts, operation):
+    lazy, dense = counts
+    assert (lazy.shape, lazy.dtype, lazy.layout) == (dense.shape, dense.dtype, torch.strided)
+    a, b = OPERATIONS[operation](lazy), OPERATIONS[operation](dense)
+    assert type(a) is torch.Tensor
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+FROM_NONZEROS = {
+    "log1p": torch.log1p,
+    "method log1p": lambda t: t.log1p(),
+    "library size": lambda t: t.sum(1),
+    "library size, last": lambda t: torch.sum(t, dim=-1),
+    "library size, listed": lambda t: t.sum(dim=[1]),
+}
+
+
+@pytest.mark.parametrize("operation", FROM_NONZEROS)
+def test_what_the_encoder_asks_for_comes_from_the_nonzeros(counts, operation):
+    lazy, dense = counts
+    answer = FROM_NONZEROS[operation](lazy)
+    assert type(answer) is torch.Tensor
+    assert torch.equal(answer, FROM_NONZEROS[operation](dense))
+    assert lazy._value is None, "the counts were made dense"
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda t: t.sum(),
+        lambda t: t.sum(0),
+        lambda t: t.sum(1, keepdim=True),
+        lambda t: t.sum((0, 1)),
+        lambda t: t.sum(1, dtype=torch.float64),
+        lambda t: torch.log1p(t, out=torch.empty(N, G)),
+    ],
+)
+def test_other_sums_of_counts(counts, operation):
+    lazy, dense = counts
+    a, b = operation(lazy), operation(dense)
+    assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dim", [2, 3, -3])
+def test_sum_over_a_dimension_that_is_not_there(counts, dim):
+    with pytest.raises(IndexError):
+        counts[0].sum(dim)
+
+
+def test_library_size_is_as_accurate_as_a_dense_sum():
+    torch.manual_seed(0)
+    dense = torch.rand(3, 40_000) * 1000
+    expected = dense.double().sum(1)
+    torch.testing.assert_close(
+        LazyCounts.of(dense.to_sparse_csr()).sum(1).double(), expected, rtol=6e-8, atol=0
+    )
+
+
+def test_counts_out_of_order():
+    dense = torch.tensor([[2.0, 0, 3, 0, 1], [0, 0, 0, 0, 0], [0, 4, 0, 0, 0]])
+    for integer in (torch.int32, torch.int64):
+        crow, col = (torch.tensor(i, dtype=integer) for i in ([0, 3, 3, 4], [4, 0, 2, 1]))
+        csr = torch.sparse_csr_tensor(
+            crow, col, torch.tensor([1.0, 2, 3, 4]), (3, 5), check_invariants=False
+        )
+        assert torch.equal(LazyCounts.of(csr) + 0, dense)
+
+
+def test_counts_stay_lazy_when_moved(counts):
+    lazy, dense = counts
+    assert lazy.to(torch.device("cpu"), non_blocking=True) is lazy
+    moved = lazy.to(torch.device("meta"))
+    assert isinstance(moved, LazyCounts) and moved.device.type == moved.csr.device.type == "meta"
+    assert torch.equal(lazy.to(torch.float64), dense.double())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is what the bridge leads to")
 
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import decoder_fast.nn as fast_nn  # noqa: E402
 from decoder_fast import fuse, fused, unfuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
+from decoder_fast.lazy import LazyCounts  # noqa: E402
 from decoder_fast.scvi import FusedDecoderSCVI, FusedFCLayers  # noqa: E402
 
 SCVI = scvi.model.SCVI
@@ -210,20 +212,21 @@ def test_joint_embedding_scvi(atlas, fused_calls):
     assert_close(stock[2], ours[2])
 
 
-def test_multivi(atlas, fused_calls):
+def multivi_model(adata):
     mudata = pytest.importorskip("mudata", reason="MULTIVI takes MuData")
+    rna, atac = adata[:, :150].copy(), adata[:, 150:].copy()
+    mdata = mudata.MuData({"rna": rna, "atac": atac})
+    mdata.obs["batch"] = adata.obs["batch"].to_numpy()
+    scvi.model.MULTIVI.setup_mudata(
+        mdata, batch_key="batch", modalities={"rna_layer": "rna", "atac_layer": "atac"}
+    )
+    return scvi.model.MULTIVI(mdata, n_genes=150, n_regions=50)
 
-    def make():
-        adata = atlas.copy()
-        rna, atac = adata[:, :150].copy(), adata[:, 150:].copy()
-        mdata = mudata.MuData({"rna": rna, "atac": atac})
-        mdata.obs["batch"] = adata.obs["batch"].to_numpy()
-        scvi.model.MULTIVI.setup_mudata(
-            mdata, batch_key="batch", modalities={"rna_layer": "rna", "atac_layer": "atac"}
-        )
-        return scvi.model.MULTIVI(mdata, n_genes=150, n_regions=50)
 
-    stock, ours = train_both(make, lambda model: model.get_normalized_expression())
+def test_multivi(atlas, fused_calls):
+    stock, ours = train_both(
+        lambda: multivi_model(atlas.copy()), lambda model: model.get_normalized_expression()
+    )
     assert set(fused_calls) == {"zinb"}
     assert_states_agree(stock[1], ours[1])
     assert_close(stock[2], ours[2])
@@ -315,6 +318,240 @@ def test_minified_data(atlas, fused_calls, counts):
         results.append((model.module.state_dict(), model.get_normalized_expression(n_samples=2)))
     assert_states_agree(results[0][0], results[1][0])
     assert_close(results[0][1], results[1][1])
+
+
+# --- counts in CSR -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layouts(monkeypatch):
+    """Layouts of the counts that the fused likelihood was given."""
+    seen = set()
+
+    def spy(x, *args, **kwargs):
+        assert type(x) is torch.Tensor
+        seen.add(x.layout)
+        return original(x, *args, **kwargs)
+
+    original = fast_nn.count_nll
+    monkeypatch.setattr(fast_nn, "count_nll", spy)
+    return seen
+
+
+def poissonvi_model(adata):
+    poissonvi = pytest.importorskip("scvi.external.poissonvi", reason="not in this scvi-tools")
+    poissonvi.POISSONVI.setup_anndata(adata, batch_key="batch")
+    return poissonvi.POISSONVI(adata)
+
+
+def scanvi_model(adata):
+    scvi.model.SCANVI.setup_anndata(
+        adata, labels_key="label", unlabeled_category="unknown", batch_key="batch"
+    )
+    return scvi.model.SCANVI(adata, n_hidden=32)
+
+
+def layer_model(adata):
+    adata.layers["umi"] = adata.X
+    adata.X = np.log1p(adata.X.toarray())
+    SCVI.setup_anndata(adata, batch_key="batch", layer="umi")
+    return SCVI(adata, n_hidden=32)
+
+
+MODELS = {
+    "SCVI": scvi_model,
+    "SCVI, library size learned": lambda adata: scvi_model(adata, use_observed_lib_size=False),
+    "SCVI, no log in the encoder": lambda adata: scvi_model(adata, log_variational=False),
+    "SCVI, layer": layer_model,
+    "SCANVI": scanvi_model,
+    "POISSONVI": poissonvi_model,
+}
+
+
+def with_counts(atlas, change):
+    adata = atlas.copy()
+    adata.X = change(adata.X)
+    return adata
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The CSR mini-batches that were shown to a module as dense ones."""
+    seen = []
+    of = LazyCounts.of
+    monkeypatch.setattr(LazyCounts, "of", lambda csr: seen.append(csr) or of(csr))
+    return seen
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_csr_reaches_the_likelihood_and_changes_nothing(atlas, layouts, kind):
+    """Stock and fused on CSR, fused on dense: in training and in validation."""
+    dense = with_counts(atlas, lambda x: x.toarray())
+    if kind == "SCVI, layer":
+        dense.X = sparse.csr_matrix(dense.X)  # its own X does not matter
+    results = []
+    for adata, change, expected in (
+        (atlas, lambda model: model, set()),
+        (atlas, fuse, {torch.sparse_csr}),
+        (dense, fuse, {torch.strided}),
+    ):
+        layouts.clear()
+        scvi.settings.seed = 0
+        model = MODELS[kind](adata.copy())
+        if kind == "SCVI, layer" and adata is dense:
+            model.adata.layers["umi"] = model.adata.layers["umi"].toarray()
+        change(model).train(**TRAIN, check_val_every_n_epoch=1)
+        assert layouts == expected
+        results.append(({k: v.clone() for k, v in model.module.state_dict().items()}, model))
+    (stock, stock_model), *others = results
+    for ours, model in others:
+        assert_states_agree(stock, ours)
+        for key in ("elbo_train", "elbo_validation", "kl_local_validation"):
+            assert_close(stock_model.history[key], model.history[key])
+        with seeded(1):
+            expected = stock_model.get_latent_representation()
+        with seeded(1):
+            assert_close(expected, model.get_latent_representation())
+
+
+def test_counts_are_never_made_dense(atlas, monkeypatch):
+    """The encoder gets log1p of the non-zeros, the library size their sum."""
+    made_dense = []
+    compute = LazyCounts.compute
+    monkeypatch.setattr(LazyCounts, "compute", lambda x: made_dense.append(x) or compute(x))
+    fuse(scvi_model(atlas)).train(**TRAIN)
+    assert not made_dense
+    fuse(scvi_model(atlas, log_variational=False)).train(**TRAIN)
+    assert made_dense
+
+
+def test_csr_under_compile(atlas, layouts):
+    """A compiled encoder gets a plain dense tensor, so that its graph does not break there."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fuse(scvi_model(atlas)).train(**TRAIN, plan_kwargs={"compile": True})
+    assert layouts == {torch.sparse_csr}
+    counters = torch._dynamo.utils.counters
+    assert counters["frames"]["ok"] == counters["frames"]["total"] > 0
+    assert all("disable()" in reason for reason in counters["graph_break"])
+
+
+def test_csr_from_worker_processes(atlas, layouts, monkeypatch):
+    monkeypatch.setattr(scvi.settings, "dl_num_workers", 1)
+    fuse(scvi_model(atlas)).train(**TRAIN)
+    assert layouts == {torch.sparse_csr}
+
+
+@pytest.mark.parametrize("kind", ["SCVI", "SCANVI", "POISSONVI"])
+@pytest.mark.parametrize("how", ["argument", "datasplitter_kwargs"])
+@pytest.mark.parametrize("sparse_tensor", [True, False])
+def test_users_have_the_last_word(atlas, layouts, kind, how, sparse_tensor):
+    said = {"load_sparse_tensor": sparse_tensor}
+    model = fuse(MODELS[kind](atlas.copy()))
+    model.train(**TRAIN, **(said if how == "argument" else {how: said}))
+    assert layouts == {torch.sparse_csr if sparse_tensor else torch.strided}
+    assert said == {"load_sparse_tensor": sparse_tensor}, "the user's dict was changed"
+
+
+def test_the_last_word_by_position(atlas, layouts):
+    fuse(scvi_model(atlas)).train(2, "cpu", "auto", None, None, True, False)
+    assert layouts == {torch.strided}
+
+
+def test_other_options_of_the_data_splitter(atlas, layouts):
+    model = fuse(scvi_model(atlas))
+    model.train(**TRAIN, datasplitter_kwargs={"drop_last": True}, train_size=0.5)
+    assert layouts == {torch.sparse_csr} and len(model.train_indices) == 150
+    with pytest.raises(TypeError):
+        model.train(**TRAIN, datasplitter_kwargs={"nonsense": True})
+    assert "_data_splitter_cls" not in vars(model), "left behind by a training that failed"
+
+
+def duplicated(x):
+    """Every count split in two entries of one place."""
+    x = x.tocsr()
+    halves = np.repeat(x.data / 2, 2)
+    return sparse.csr_matrix((halves, np.repeat(x.indices, 2), 2 * x.indptr), shape=x.shape)
+
+
+@pytest.mark.parametrize("change", [sparse.csc_matrix, duplicated])
+@pytest.mark.parametrize("sparse_tensor", [None, True])
+def test_other_sparse_counts_stay_dense(atlas, layouts, change, sparse_tensor):
+    results = []
+    for counts in (lambda x: x, change):
+        scvi.settings.seed = 0
+        model = fuse(scvi_model(with_counts(atlas, counts)))
+        layouts.clear()
+        said = {} if sparse_tensor is None else {"load_sparse_tensor": sparse_tensor}
+        model.train(**TRAIN, **said)
+        results.append(model.module.state_dict())
+    assert layouts == {torch.strided}
+    assert_states_agree(*results)
+
+
+def test_a_likelihood_that_takes_no_csr_is_handed_dense(atlas, layouts, shown):
+    """MULTIVI joins its modalities to one dense matrix, and takes the counts from there."""
+    fuse(multivi_model(atlas.copy())).train(**TRAIN)
+    assert layouts == {torch.strided} and not shown
+
+
+def test_a_fused_module_in_a_stock_model(atlas, layouts):
+    model = scvi_model(atlas)
+    fuse(model.module)
+    model.train(**TRAIN)
+    model.train(**TRAIN, load_sparse_tensor=True)  # which scvi-tools makes dense on arrival
+    assert layouts == {torch.strided}
+
+
+def test_unfused_models_train_as_stock(atlas, layouts, shown):
+    model = scvi_model(atlas)
+    before = dict(vars(model))
+    fuse(model)
+    assert inspect.signature(model.train) == inspect.signature(scvi_model(atlas).train)
+    assert model.train.__doc__ == SCVI.train.__doc__
+    unfuse(model)
+    assert vars(model) == before
+    model.train(**TRAIN, load_sparse_tensor=True)
+    with fused(model):
+        pass
+    assert vars(model).keys() - before.keys() <= {"trainer"}
+    assert layouts == set()
+    fuse(model)
+    unfuse(model.module)  # and not the model
+    model.train(**TRAIN)
+    assert layouts == set() and not shown
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_trains_itself(atlas, layouts, copied):
+    model = fuse(scvi_model(atlas))
+    other = copied(model)
+    other.train(**TRAIN)
+    assert layouts == {torch.sparse_csr}
+    assert other.is_trained and not model.is_trained
+    unfuse(other)
+    assert "train" not in vars(other)
+
+
+def test_torch_says_nothing_about_csr():
+    """Neither that it is in beta, nor that it goes unchecked: users did not ask for it."""
+    import subprocess
+    import sys
+
+    code = (
+        "import scvi, warnings\n"
+        "from decoder_fast import fuse\n"
+        "from decoder_fast.datasets import simulate_atlas\n"
+        "adata = simulate_atlas(n_cells=60, n_genes=20, n_batches=2, n_cell_types=2, seed=0)\n"
+        "scvi.model.SCVI.setup_anndata(adata)\n"
+        "model = fuse(scvi.model.SCVI(adata))\n"
+        "model.train(max_epochs=1, accelerator='cpu', enable_progress_bar=False)\n"
+        "assert model.history\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert "CSR" not in done.stderr and "nvariant" not in done.stderr
 
 
 # --- what comes after training -------------------------------------------------------------------

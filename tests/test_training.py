@@ -82,3 +82,25 @@ def test_twenty_epochs_stock_and_fused(tmp_path, monkeypatch):
     print(f"latent space: fused {difference:.2e}, one rounding {noise:.2e}")
     assert difference <= 4 * noise + 1e-6
     assert difference < 1e-2
+
+
+def test_command_line_trains_on_csr(tmp_path, monkeypatch):
+    """Counts that a file holds in CSR reach the likelihood in CSR."""
+    from decoder_fast import cli
+    from decoder_fast import nn as fast_nn
+
+    layouts = set()
+    original = fast_nn.count_nll
+
+    def spy(x, *args, **kwargs):
+        layouts.add(x.layout)
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(fast_nn, "count_nll", spy)
+    monkeypatch.chdir(tmp_path)
+    simulate_atlas(n_cells=150, n_genes=40, n_batches=2, n_cell_types=2, seed=0).write_h5ad(
+        "counts.h5ad"
+    )
+    command = ["train", "counts.h5ad", "--batch-key", "batch", "--max-epochs", "2", "--out", "run"]
+    assert cli.main(command) == 0
+    assert layouts == {torch.sparse_csr}
