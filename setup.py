@@ -23,6 +23,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         ext.extra_compile_args = BUILD["COMPILE_FLAGS"][kind]
+        ext.extra_link_args = BUILD["LINK_FLAGS"][kind]
         super().build_extension(ext)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-__all__ = ["COMPILE_FLAGS", "LIBRARY", "sources"]
+__all__ = ["COMPILE_FLAGS", "LIBRARY", "LINK_FLAGS", "sources"]
 
 #: File name of the library, beside the package's modules. It carries no Python tag: the library
 #: knows nothing of Python, so one build serves every version.
@@ -20,6 +20,12 @@ LIBRARY = "_native.dll" if sys.platform == "win32" else "_native.so"
 COMPILE_FLAGS = {
     "unix": ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"],
     "msvc": ["/std:c++17", "/O2", "/EHsc"],
+}
+
+#: Flags of the linker, likewise.
+LINK_FLAGS: dict[str, list[str]] = {
+    "unix": ["-pthread"] + (["-ldl"] if sys.platform == "linux" else []),
+    "msvc": [],
 }
 
 

@@ -3,7 +3,8 @@
 The library is usually built when the package is installed. Where it was not (no compiler at that
 time, or a checkout that was never installed) the C++ sources that come with the package are
 compiled on first use into ``$XDG_CACHE_HOME/decoder_fast`` (``~/.cache/decoder_fast``); the
-environment variable ``DECODER_FAST_BUILD=0`` forbids that. Importing this module loads and compiles
+environment variable ``DECODER_FAST_BUILD=0`` forbids that, ``CXX`` and ``CXXFLAGS`` choose the
+compiler and add flags. Importing this module loads and compiles
 nothing, and no function here but :func:`load` and :func:`describe` raises for a missing library.
 """
 
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +126,7 @@ def _compile() -> Path:
             f"now: {missing}; reinstall the package where there is a C++ compiler"
         )
     compiler, version = _compiler()
-    flags = [*_build.COMPILE_FLAGS["unix"], "-shared"]
+    flags = [*_build.COMPILE_FLAGS["unix"], *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     key = hashlib.sha256(repr((compiler, version, flags, sysconfig.get_platform())).encode())
     for file in sorted(path for path in _CSRC.iterdir() if path.is_file()):
@@ -138,8 +140,16 @@ def _compile() -> Path:
         # Renaming is atomic: processes that start together never see half a library.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             output = Path(folder) / _build.LIBRARY
-            inputs = map(str, _build.sources(_CSRC))
-            _run([*compiler, *flags, "-o", str(output), *inputs])
+            sources = _build.sources(_CSRC)
+            objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+            commands = [
+                [*compiler, *flags, "-c", "-o", str(to), str(source)]
+                for source, to in zip(sources, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(_run, commands))
+            link = [*_build.LINK_FLAGS["unix"], "-shared", "-o", str(output)]
+            _run([*compiler, *flags, *map(str, objects), *link])
             os.replace(output, target)
     except OSError as error:
         raise _Unavailable(

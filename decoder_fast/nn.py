@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS, Choice, choose
 from .functional import count_nll, covariate_linear, softmax_library
-from .ops._common import check_labels
+from .ops._common import check_labels, compute_dtype
 from .ops.count_nll import check_likelihood
 from .ops.log_prob import nb_log_prob, poisson_log_prob, zinb_log_prob
 from .ops.softmax_library import check_scale_activation
@@ -629,7 +629,7 @@ class DecoderSCVI(nn.Module):
         Parameters
         ----------
         z
-            A latent representation, (N, n_input) or (S, N, n_input): its device decides.
+            A latent representation, (N, n_input) or (S, N, n_input): its device and dtype decide.
         likelihood
             The likelihood of :meth:`reconstruction_loss`.
 
@@ -641,9 +641,11 @@ class DecoderSCVI(nn.Module):
         """
         check_likelihood(likelihood)
 
-        def step(operation: str, reason: str | None) -> Choice:
+        dtype = compute_dtype(z, self.px_r_decoder.weight)
+
+        def step(operation: str, reason: str | None, likelihood: str | None = None) -> Choice:
             if reason is None:
-                return choose(operation, device=z.device)
+                return choose(operation, device=z.device, dtype=dtype, likelihood=likelihood)
             return Choice(operation, "eager", dict.fromkeys(BACKENDS, reason))
 
         heads = self._unfused_heads()
@@ -651,7 +653,7 @@ class DecoderSCVI(nn.Module):
             [
                 ("hidden layers", step("covariate_linear", self.px_decoder.unfused_reason())),
                 ("px_scale, px_rate", step("softmax_library", heads)),
-                (f"reconstruction_loss, {likelihood}", step("count_nll", heads)),
+                (f"reconstruction_loss, {likelihood}", step("count_nll", heads, likelihood)),
             ]
         )
 

@@ -309,7 +309,9 @@ def check_likelihood(likelihood: str) -> None:
         )
 
 
-def _prepare_counts(x: Tensor, n_cells: int, n_genes: int, hidden: Tensor) -> tuple[Any, ...]:
+def _prepare_counts(
+    x: Tensor, n_cells: int, n_genes: int, hidden: Tensor, *, native: bool
+) -> tuple[Any, ...]:
     """Check the counts; return them as (dense, crow, col, values)."""
     if x.layout not in (torch.strided, torch.sparse_csr):
         raise TypeError(f"x has layout {x.layout}, expected a dense tensor or torch.sparse_csr")
@@ -321,7 +323,8 @@ def _prepare_counts(x: Tensor, n_cells: int, n_genes: int, hidden: Tensor) -> tu
     check_together("hidden", hidden, x=x)
     if x.layout == torch.strided:
         return x, None, None, None
-    return (None, *canonical_csr(x))
+    parts = cpp.canonical_parts(x) if native else None
+    return (None, *(parts or canonical_csr(x)))
 
 
 def count_nll(
@@ -441,7 +444,13 @@ def count_nll(
             px_r_index = px_r_index.reshape(n_cells).long()
     elif px_r_index is not None:
         raise ValueError("px_r_index was given without px_r, the table that it looks up")
-    counts = _prepare_counts(x, n_cells, n_genes, hidden)
+    dtype = compute_dtype(hidden, scale_weight)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # else the operation chooses, which the compiler does not look into
+        backend = choose(
+            "count_nll", backend, device=hidden.device, dtype=dtype, likelihood=likelihood
+        ).backend
+    counts = _prepare_counts(x, n_cells, n_genes, hidden, native=backend == "cpp")
 
     three_d = hidden.dim() == 3
     samples = hidden if three_d else hidden[None]
@@ -455,7 +464,6 @@ def count_nll(
             f"{(*hidden.shape[:-1], 1)} or something that broadcasts to it: one log library size a "
             "cell"
         ) from None
-    dtype = compute_dtype(hidden, scale_weight)
     floats = (
         samples,
         library,
@@ -474,7 +482,7 @@ def count_nll(
         likelihood,
         scale_activation,
     )
-    if torch.compiler.is_compiling():
+    if compiling:
         nll = _op(*args, backend)[0]
     else:
         nll = _CountNLL.apply(backend, *args)

@@ -83,7 +83,7 @@ class Counts:
             start = low - (size.cumsum(0) - size)
             position = torch.arange(total, device=device) + start[row]
             col = self.col[position].long() - g0
-            values = self.values[position]
+            values = _comparable(self.values)[position]
         return self._checked(row, col, values)
 
     def _checked(self, row: Tensor, col: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
