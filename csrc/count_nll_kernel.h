@@ -50,7 +50,6 @@ struct Worker {
     float* nll;        // by cell, of one tile
     float* u;          // by cell, of one tile
     float *a_row, *u_row, *d_log_theta_row;  // by cell, of one gene
-    std::int64_t* cursor;  // by cell: where in its row of CSR counts
     Nonzeros nonzeros;
     bool has_bad_count;
     double bad_count;
@@ -89,6 +88,7 @@ struct Call {
     // By chunk and cell.
     double *chunk_nll, *chunk_u;
     float* chunk_d_hidden;
+    std::int64_t* cursor;  // how far a row of CSR counts has been read
     Worker* workers;
 
     std::int64_t first_row;  // of the block
@@ -159,6 +159,7 @@ inline void carve(Call& c, Carver& memory) {
     memory.take(c.chunk_nll, c.n_chunks * cells);
     memory.take(c.chunk_u, c.n_chunks * cells);
     memory.take(c.chunk_d_hidden, in.d_hidden ? c.n_chunks * cells * c.n_hidden_padded : 0);
+    memory.take(c.cursor, in.dense == nullptr ? c.n_chunks * cells : 0);
     memory.take(c.workers, c.n_workers);
     const bool padded = in.n_hidden != c.n_hidden_padded;
     for (int i = 0; i < c.n_workers; ++i) {
@@ -176,7 +177,6 @@ inline void carve(Call& c, Carver& memory) {
                           &w.d_log_theta_row}) {
             memory.take(*p, cells);
         }
-        memory.take(w.cursor, cells);
         const std::int64_t most = c.tile * cells;
         memory.take(w.nonzeros.gene, most);
         memory.take(w.nonzeros.cell, most);
@@ -191,28 +191,35 @@ inline void carve(Call& c, Carver& memory) {
 // ---------------------------------------------------------------------------------------------
 // Counts
 
+// Of the counts that are refused the smallest is reported, and NaN before any.
+inline bool worse(double count, double other) {
+    return other == other && (count != count || count < other);
+}
+
 // Appends to a worker's list; a local copy of its pointers, for the compiler to keep in registers.
 struct Appender {
-    explicit Appender(Worker& worker)
-        : w(worker), n(0), gene(worker.nonzeros.gene), cell(worker.nonzeros.cell),
-          x(worker.nonzeros.x) {}
+    Appender(const Call& c, Worker& worker, std::int64_t first_gene)
+        : w(worker), n(0), e(c.e + first_gene * c.ld), ld(c.ld), gene(worker.nonzeros.gene),
+          cell(worker.nonzeros.cell), x(worker.nonzeros.x) {}
 
     void append(std::int64_t in_gene, std::int64_t in_cell, double count) {
         gene[n] = static_cast<std::int32_t>(in_gene);
         cell[n] = static_cast<std::int32_t>(in_cell);
         x[n] = count;
+        __builtin_prefetch(e + in_gene * ld + in_cell, 1);  // wanted soon, and far away by now
         if (count > 1e-8 && count < HUGE_VAL) ++n;
         else if (!(count >= 0.0 && count < HUGE_VAL)) refuse(count);
     }
 
-    // What gets reported is the smallest; NaN counts as smaller than any.
     void refuse(double count) {
-        if (!w.has_bad_count || !(count >= w.bad_count)) w.bad_count = count;
+        if (!w.has_bad_count || worse(count, w.bad_count)) w.bad_count = count;
         w.has_bad_count = true;
     }
 
     Worker& w;
     std::int64_t n;
+    float* const e;
+    const std::int64_t ld;
     std::int32_t* const gene;
     std::int32_t* const cell;
     double* const x;
@@ -228,7 +235,7 @@ inline unsigned nonzero_bits(const T* p) {
 
 template <class T>
 inline void scan_dense(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
-    Appender list(w);
+    Appender list(c, w, gene);
     for (std::int64_t row = 0; row < c.n_rows; ++row) {
         const std::int64_t cell = (c.first_row + row) % c.in.n_cells;
         const T* x = static_cast<const T*>(c.in.dense) + cell * c.in.dense_stride + gene;
@@ -249,19 +256,20 @@ inline void scan_dense(const Call& c, Worker& w, std::int64_t gene, std::int64_t
 }
 
 template <class T, class Index>
-inline void scan_csr(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
+inline void scan_csr(const Call& c, Worker& w, std::int64_t* cursor, std::int64_t gene,
+                     std::int64_t n) {
     const Index* crow = static_cast<const Index*>(c.in.crow);
     const Index* column = static_cast<const Index*>(c.in.column);
     const T* values = static_cast<const T*>(c.in.values);
     const std::int64_t end = gene + n;
-    Appender list(w);
+    Appender list(c, w, gene);
     for (std::int64_t row = 0; row < c.n_rows; ++row) {
         const std::int64_t stop = crow[(c.first_row + row) % c.in.n_cells + 1];
-        std::int64_t p = w.cursor[row];
+        std::int64_t p = cursor[row];
         for (; p < stop && column[p] < end; ++p) {
             list.append(column[p] - gene, row, static_cast<double>(values[p]));
         }
-        w.cursor[row] = p;
+        cursor[row] = p;
         // What the next tile reads of this row: as many rows are read in turn, no hardware sees it.
         __builtin_prefetch(column + p + 8);
         __builtin_prefetch(values + p + 8);
@@ -269,41 +277,40 @@ inline void scan_csr(const Call& c, Worker& w, std::int64_t gene, std::int64_t n
     w.nonzeros.n = list.n;
 }
 
-// Sets the cursor of each row to the first gene of a chunk.
+// Finds where each chunk starts in a row of CSR counts.
 template <class Index>
-inline void seek(const Call& c, Worker& w, std::int64_t gene) {
-    const Index* crow = static_cast<const Index*>(c.in.crow);
+inline void find_chunks(const Call& c, std::int64_t row) {
+    const std::int64_t cell = (c.first_row + row) % c.in.n_cells;
     const Index* column = static_cast<const Index*>(c.in.column);
-    for (std::int64_t i = 0; i < c.n_rows; ++i) {
-        const std::int64_t row = (c.first_row + i) % c.in.n_cells;
-        std::int64_t low = crow[row], high = gene == 0 ? low : crow[row + 1];
-        while (low < high) {
-            const std::int64_t middle = (low + high) / 2;
-            if (column[middle] < gene) low = middle + 1;
-            else high = middle;
-        }
-        w.cursor[i] = low;
+    const std::int64_t stop = static_cast<const Index*>(c.in.crow)[cell + 1];
+    std::int64_t p = static_cast<const Index*>(c.in.crow)[cell];
+    for (std::int64_t k = 0; k < c.n_chunks; ++k) {
+        const std::int64_t start = c.chunk_start(k);
+        while (p < stop && column[p] < start) ++p;
+        c.cursor[k * c.n_cells_padded + row] = p;
     }
 }
 
 template <class T>
-inline void scan_of(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
+inline void scan_of(const Call& c, Worker& w, std::int64_t* cursor, std::int64_t gene,
+                    std::int64_t n) {
     if (c.in.dense != nullptr) scan_dense<T>(c, w, gene, n);
-    else if (c.in.index_type == type_int32) scan_csr<T, std::int32_t>(c, w, gene, n);
-    else scan_csr<T, std::int64_t>(c, w, gene, n);
+    else if (c.in.index_type == type_int32) scan_csr<T, std::int32_t>(c, w, cursor, gene, n);
+    else scan_csr<T, std::int64_t>(c, w, cursor, gene, n);
 }
 
-// Lists the counts of a tile that are not zero.
-inline void scan(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
+// Lists the counts of a tile that are not zero; tiles of a chunk must come in order.
+inline void scan(const Call& c, Worker& w, std::int64_t chunk, std::int64_t gene, std::int64_t n) {
+    std::int64_t* cursor = c.cursor + chunk * c.n_cells_padded;
     switch (c.in.counts_type) {
-        case type_float32: return scan_of<float>(c, w, gene, n);
-        case type_float64: return scan_of<double>(c, w, gene, n);
-        case type_int8: return scan_of<std::int8_t>(c, w, gene, n);
-        case type_uint8: return scan_of<std::uint8_t>(c, w, gene, n);
-        case type_int16: return scan_of<std::int16_t>(c, w, gene, n);
-        case type_uint16: return scan_of<std::uint16_t>(c, w, gene, n);
-        case type_int32: return scan_of<std::int32_t>(c, w, gene, n);
-        default: return scan_of<std::int64_t>(c, w, gene, n);
+        case type_float32: return scan_of<float>(c, w, cursor, gene, n);
+        case type_float64: return scan_of<double>(c, w, cursor, gene, n);
+        case type_int8: return scan_of<std::int8_t>(c, w, cursor, gene, n);
+        case type_uint8: return scan_of<std::uint8_t>(c, w, cursor, gene, n);
+        case type_int16: return scan_of<std::int16_t>(c, w, cursor, gene, n);
+        case type_uint16: return scan_of<std::uint16_t>(c, w, cursor, gene, n);
+        case type_int32: return scan_of<std::int32_t>(c, w, cursor, gene, n);
+        default: return scan_of<std::int64_t>(c, w, cursor, gene, n);
     }
 }
 
@@ -401,8 +408,12 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
         }
 #endif
         if (d_weight != nullptr) {
-            multiply_panel(d, c.ld, 1, c.h_by_cell + k * cells, width, out + k, padded, n, cells,
-                           vectors, add_to_out, nullptr);
+            // By halves of a block: that much of h stays in the first-level cache.
+            for (std::int64_t j = 0; j < cells; j += 128) {
+                multiply_panel(d + j, c.ld, 1, c.h_by_cell + k * cells + j * width, width, out + k,
+                               padded, n, least<std::int64_t>(128, cells - j), vectors,
+                               add_to_out || j > 0, nullptr);
+            }
         }
         if (d_hidden != nullptr) {
             multiply_panel(d, 1, c.ld, rows + k, padded, d_hidden + k, padded, cells, n, vectors,
@@ -455,6 +466,9 @@ inline void pack(const Call& c, std::int64_t first_cell) {
             cell >= c.n_rows ? 0.0f
                              : -(in.upstream == nullptr ? 1.0f : in.upstream[c.first_row + cell]);
         c.row_slope[cell] = 0.0f;
+        if (in.dense != nullptr || cell >= c.n_rows) continue;
+        if (in.index_type == type_int32) find_chunks<std::int32_t>(c, cell);
+        else find_chunks<std::int64_t>(c, cell);
     }
 #if DECODER_FAST_BF16
     if (c.fast_products) return pack_in_bf16(c, first_cell);
@@ -738,6 +752,10 @@ inline double exact_log_mu(const Call& c, std::int64_t gene, std::int64_t cell) 
     const float* weight = c.in.scale_weight + gene * H;
     double logit = c.in.scale_bias == nullptr ? 0.0 : c.in.scale_bias[gene];
     for (std::int64_t k = 0; k < H; ++k) logit += static_cast<double>(weight[k]) * h[k];
+    // log(softplus(a)) is a itself where softplus vanishes.
+    if (c.in.activation == softplus && logit > -30.0) {
+        logit = std::log((logit > 0.0 ? logit : 0.0) + std::log1p(std::exp(-std::fabs(logit))));
+    }
     return logit + c.row_shift[cell];
 }
 
@@ -910,14 +928,10 @@ inline void phase2(const Call& c, std::int64_t chunk, Worker& w) {
     std::memset(u, 0, sizeof(double) * cells);
     if (d_hidden != nullptr) std::memset(d_hidden, 0, sizeof(float) * cells * c.n_hidden_padded);
     const std::int64_t start = c.chunk_start(chunk), end = c.chunk_start(chunk + 1);
-    if (in.dense == nullptr) {
-        if (in.index_type == type_int32) seek<std::int32_t>(c, w, start);
-        else seek<std::int64_t>(c, w, start);
-    }
     for (std::int64_t t = 0; t < c.tiles_a_chunk; ++t) {
         const std::int64_t gene = start + t * c.tile, n = least(c.tile, end - gene);
         if (n <= 0) break;
-        scan(c, w, gene, n);
+        scan(c, w, chunk, gene, n);
         if (in.likelihood == zinb) head(c, w, in.dropout_weight, in.dropout_bias, gene, n, w.dropout);
         if (c.by_element) log_theta(c, w, gene, n);
         tile_ratio(c, chunk * c.tiles_a_chunk + t, w.ratio);
@@ -1056,14 +1070,14 @@ inline std::int32_t count_nll(CountNll& in) {
         parallel_for(c.n_chunks, c.n_workers, first);
         combine_logits(c);
         parallel_for(c.n_chunks, c.n_workers, second);
+        bool refused = false;
         for (int i = 0; i < c.n_workers; ++i) {
-            if (!c.workers[i].has_bad_count) continue;
-            // Each worker's smallest; NaN before any.
-            if (c.workers[i].bad_count < in.found || c.workers[i].bad_count != c.workers[i].bad_count)
-                in.found = c.workers[i].bad_count;
-            else if (in.found == 0.0) in.found = c.workers[i].bad_count;
+            const Worker& w = c.workers[i];
+            if (!w.has_bad_count) continue;
+            if (!refused || worse(w.bad_count, in.found)) in.found = w.bad_count;
+            refused = true;
         }
-        if (in.found != 0.0) return bad_count;
+        if (refused) return bad_count;
         combine_derivatives(c);
         if (in.d_hidden != nullptr || in.d_scale_weight != nullptr || in.d_scale_bias != nullptr) {
             parallel_for(c.n_chunks, c.n_workers, third);

@@ -3,12 +3,15 @@
 #pragma once
 
 #include "count_nll.h"
+#include "softmax_library.h"
 
 namespace decoder_fast {
 
 struct Kernels {
     const char* instruction_set;
     std::int32_t (*count_nll)(CountNll&);
+    void (*softmax_library)(const SoftmaxLibrary&);
+    void (*softmax_library_backward)(const SoftmaxLibrary&);
 };
 
 // Each is null where the compiler or the target has no such instruction set.

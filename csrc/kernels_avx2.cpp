@@ -22,7 +22,12 @@
 
 namespace decoder_fast {
 namespace {
-const Kernels table = {"avx2", &avx2::count_nll};
+const Kernels table = {
+    "avx2",
+    &avx2::count_nll,
+    &avx2::softmax_library,
+    &avx2::softmax_library_backward,
+};
 }
 const Kernels* const kernels_avx2 = &table;
 }  // namespace decoder_fast

@@ -22,7 +22,12 @@
 
 namespace decoder_fast {
 namespace {
-const Kernels table = {"avx512", &avx512::count_nll};
+const Kernels table = {
+    "avx512",
+    &avx512::count_nll,
+    &avx512::softmax_library,
+    &avx512::softmax_library_backward,
+};
 }
 const Kernels* const kernels_avx512 = &table;
 }  // namespace decoder_fast

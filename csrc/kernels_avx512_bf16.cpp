@@ -22,7 +22,12 @@
 
 namespace decoder_fast {
 namespace {
-const Kernels table = {"avx512_bf16", &avx512_bf16::count_nll};
+const Kernels table = {
+    "avx512_bf16",
+    &avx512_bf16::count_nll,
+    &avx512_bf16::softmax_library,
+    &avx512_bf16::softmax_library_backward,
+};
 }
 const Kernels* const kernels_avx512_bf16 = &table;
 }  // namespace decoder_fast

@@ -23,6 +23,8 @@ namespace {
 
 #include "count_nll_kernel.h"
 
+#include "softmax_library_kernel.h"
+
 }  // namespace
 }  // namespace DECODER_FAST_INSTRUCTION_SET
 }  // namespace decoder_fast

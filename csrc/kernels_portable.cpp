@@ -7,7 +7,12 @@
 
 namespace decoder_fast {
 namespace {
-const Kernels table = {"portable", &portable::count_nll};
+const Kernels table = {
+    "portable",
+    &portable::count_nll,
+    &portable::softmax_library,
+    &portable::softmax_library_backward,
+};
 }
 const Kernels* const kernels_portable = &table;
 }  // namespace decoder_fast

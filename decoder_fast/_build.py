@@ -18,7 +18,8 @@ LIBRARY = "_native.dll" if sys.platform == "win32" else "_native.so"
 #: Compiler flags, by setuptools' name for the kind of compiler. No ``-march``: kernels choose the
 #: instruction set at run time, so a library built on one machine runs on another.
 COMPILE_FLAGS = {
-    "unix": ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"],
+    # No contraction: what is fused is written so, and results do not depend on the compiler.
+    "unix": ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"],
     "msvc": ["/std:c++17", "/O2", "/EHsc"],
 }
 
