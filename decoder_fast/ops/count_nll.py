@@ -161,6 +161,7 @@ class _CountNLL(torch.autograd.Function):
                 for gradient in grads.values():
                     gradient.mul_(factor)
         else:
+            grads = None  # their memory is needed
             grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
         return None, *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7
 
@@ -484,6 +485,8 @@ def count_nll(
     )
     if compiling:
         nll = _op(*args, backend)[0]
-    else:
+    elif torch.is_grad_enabled():
         nll = _CountNLL.apply(backend, *args)
+    else:  # autograd would have gradients computed along the way for parameters that want them
+        nll = _forward(_inputs(*args), backend)[0]
     return nll if three_d else nll.squeeze(0)
