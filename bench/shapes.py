@@ -19,12 +19,18 @@ class Shape:
     likelihood: str
     norm: str
 
-    def scaled(self, cells: int) -> Shape:
-        """The same model with smaller mini-batches, for machines that are small."""
-        return Shape(**(self.__dict__ | {"cells": min(self.cells, cells)}))
+
+@dataclass(frozen=True)
+class Counts:
+    """One mini-batch under the likelihood: cells, genes, hidden units below the heads."""
+
+    cells: int
+    genes: int
+    likelihood: str
+    hidden: int = 128
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.cells} x {self.genes}, {self.likelihood})"
+        return f"{self.cells:,} x {self.genes:,} {self.likelihood}"
 
 
 SHAPES = {
@@ -42,3 +48,14 @@ SHAPES = {
         Shape("allgenes", 1_024, 36_601, 20, 128, 1, 10, "zinb", "batch"),
     )
 }
+
+#: Mini-batches of scvi-tools' default size and of those models', with few genes and with many.
+COUNTS = (
+    Counts(128, 2_000, "zinb"),
+    Counts(128, 2_000, "nb"),
+    Counts(128, 20_000, "zinb"),
+    Counts(1_024, 8_000, "zinb"),
+    Counts(1_024, 8_000, "nb"),
+    Counts(512, 20_000, "zinb"),
+    Counts(512, 20_000, "nb"),
+)

@@ -12,7 +12,7 @@
 
 constexpr float eps = 1e-8f;
 constexpr std::int64_t most_cells = 256;    // of a block
-constexpr std::int64_t most_tile = 96;      // genes of a tile: e and the products' operands stay
+constexpr std::int64_t most_tile = 192;     // genes of a tile: e and the products' operands stay
                                             // in the second-level cache
 constexpr std::int64_t most_chunks = 32;
 constexpr std::int64_t most_workspace = 1 << 26;  // bytes of e and d, if 64 cells fit at all
