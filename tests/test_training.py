@@ -73,7 +73,8 @@ def distance(a, b):
 
 # What float32 noise amounts to is measured, not assumed: stock is trained once more with its initial
 # parameters moved by one rounding, or with its genes, and so its sums, in another order. Fused may
-# be as far from stock as four times that: training amplifies rounding.
+# be as far from stock as four times that. (Stock with another order of genes can end up 0.14 of the
+# latent space's spread away from itself, or 4e-7: training amplifies rounding, now and then.)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -96,11 +97,10 @@ def test_twenty_epochs_stock_and_fused(tmp_path, monkeypatch):
     adata = real_or_simulated_counts()
     elbo, _, latent = train(adata.copy(), lambda model: model, EPOCHS)
     fused_elbo, _, fused_latent = train(adata.copy(), fuse, EPOCHS)
-    order = np.random.default_rng(0).permutation(adata.n_vars)
-    noisy_latents = [
-        train(adata.copy(), one_rounding_away, EPOCHS)[2],
-        train(adata[:, order].copy(), in_another_order(order), EPOCHS)[2],
-    ]
+    noisy_latents = []
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(adata.n_vars)
+        noisy_latents.append(train(adata[:, order].copy(), in_another_order(order), EPOCHS)[2])
 
     assert len(elbo) == EPOCHS and elbo[-1] < elbo[0]
     np.testing.assert_allclose(fused_elbo, elbo, rtol=1e-3)
