@@ -52,7 +52,8 @@ struct CountNll {
     std::int32_t counts_type;  // NumberType of dense or values
     std::int32_t index_type;   // type_int32 or type_int64, of crow and column
 
-    const float* upstream;  // n_rows: gradient by each negative log-likelihood; null for 1
+    const float* upstream;  // n_rows: gradient by each negative log-likelihood, or null:
+    double upstream_of_all;  // the same number for every row
     float* nll;             // n_rows
     float* log_sum_exp;     // n_rows: of the logits; 0 under softplus
     float* d_log_mu;        // n_rows: sum over genes of the log-likelihood's derivative by log(mu)

@@ -462,9 +462,9 @@ inline void pack(const Call& c, std::int64_t first_cell) {
     const CountNll& in = c.in;
     const std::int64_t H = in.n_hidden, cells = c.n_cells_padded;
     for (std::int64_t cell = first_cell; cell < first_cell + 16; ++cell) {
-        c.row_weight[cell] =
-            cell >= c.n_rows ? 0.0f
-                             : -(in.upstream == nullptr ? 1.0f : in.upstream[c.first_row + cell]);
+        const float upstream = in.upstream == nullptr ? static_cast<float>(in.upstream_of_all)
+                                                      : in.upstream[c.first_row + cell % c.n_rows];
+        c.row_weight[cell] = cell < c.n_rows ? -upstream : 0.0f;
         c.row_slope[cell] = 0.0f;
         if (in.dense != nullptr || cell >= c.n_rows) continue;
         if (in.index_type == type_int32) find_chunks<std::int32_t>(c, cell);

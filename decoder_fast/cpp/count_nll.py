@@ -71,7 +71,8 @@ class _CountNLL(ctypes.Structure):
         + [("dense_stride", c_int64)]
         + [(name, c_void_p) for name in ("crow", "column", "values")]
         + [("counts_type", c_int32), ("index_type", c_int32)]
-        + [(name, c_void_p) for name in ("upstream", "nll", "log_sum_exp", "d_log_mu")]
+        + [("upstream", c_void_p), ("upstream_of_all", c_double)]
+        + [(name, c_void_p) for name in ("nll", "log_sum_exp", "d_log_mu")]
         + [(f"d_{name}", c_void_p) for name in _GRADIENTS]
         + [("found", c_double)]
     )
@@ -126,7 +127,7 @@ def _countable(counts: Tensor) -> Tensor:
 
 def _run(
     inputs: Inputs,
-    upstream: Tensor | None,
+    upstream: Tensor | float,
     values: dict[str, Tensor],
     gradients: dict[str, Tensor],
 ) -> None:
@@ -152,8 +153,11 @@ def _run(
         n_threads=torch.get_num_threads(),
         fast_products=torch.get_float32_matmul_precision() == "medium",
         px_r_index=pointer(inputs.px_r_index),
-        upstream=pointer(upstream),
     )
+    if isinstance(upstream, Tensor):
+        arguments.upstream = pointer(upstream)
+    else:
+        arguments.upstream_of_all = upstream
     for name in ("library", *_GRADIENTS):
         setattr(arguments, name, pointer(getattr(inputs, name)))
     if counts.dense is not None:
@@ -211,26 +215,26 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     if _is_empty(inputs):
         return reference.forward(inputs)
     values = _empty_values(inputs)
-    _run(inputs, None, values, {})
+    _run(inputs, 0.0, values, {})
     return values["nll"], values["log_sum_exp"], values["d_log_mu"]
 
 
 def forward_and_backward(
-    inputs: Inputs, wanted: frozenset[str]
+    inputs: Inputs, upstream: float, wanted: frozenset[str]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    """Compute forward, and the gradients for an upstream gradient of 1, at once.
+    """Compute forward, and the gradients for an upstream gradient that is one number, at once.
 
     In this order no product of the heads is taken twice.
     """
     if _is_empty(inputs):
         results = reference.forward(inputs)
-        ones = torch.ones_like(results[0])
-        return results, reference.backward(inputs, ones, *results[1:], wanted)
+        grad = torch.full_like(results[0], upstream)
+        return results, reference.backward(inputs, grad, *results[1:], wanted)
     values = _empty_values(inputs)
     gradients = _empty_gradients(inputs, wanted)
-    _run(inputs, None, values, gradients)
+    _run(inputs, upstream, values, gradients)
     if "library" in wanted:
-        gradients["library"] = -values["d_log_mu"]
+        gradients["library"] = -upstream * values["d_log_mu"]
     return (values["nll"], values["log_sum_exp"], values["d_log_mu"]), gradients
 
 

@@ -140,9 +140,12 @@ class _CountNLL(torch.autograd.Function):
         ctx.gradients = None
         if wanted and _chosen(inputs, backend) == "cpp":
             # The gradients along the way, for an upstream gradient that is the same for all cells,
-            # as a mean's or a sum's is: no product is taken twice then.
+            # such as a mean's: no product is taken twice then.
             _check(inputs)
-            (nll, lse, usum), ctx.gradients = cpp.forward_and_backward(inputs, wanted)
+            ctx.upstream = 1 / max(1, inputs.library.numel())
+            (nll, lse, usum), ctx.gradients = cpp.forward_and_backward(
+                inputs, ctx.upstream, wanted
+            )
         else:
             nll, lse, usum = _forward(inputs, backend)
         ctx.save_for_backward(lse, usum, *args[:14])
@@ -156,10 +159,10 @@ class _CountNLL(torch.autograd.Function):
         lse, usum, *tensors = ctx.saved_tensors
         # Handed out once: another backward pass must not meet gradients that others changed.
         grads, ctx.gradients = ctx.gradients, None
-        if grads is not None and (factor := _constant(grad)) is not None:
-            if factor != 1:
+        if grads is not None and (constant := _constant(grad)) is not None:
+            if abs(constant - ctx.upstream) > 1e-7 * ctx.upstream:  # else it is a mean, rounded
                 for gradient in grads.values():
-                    gradient.mul_(factor)
+                    gradient.mul_(constant / ctx.upstream)
         else:
             grads = None  # their memory is needed
             grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
