@@ -1,7 +1,8 @@
-# make demo    trains a fused SCVI, from a bare clone
-# make test    ruff, mypy and the whole test suite
-# make lint    ruff and mypy alone
-# make bench   the benchmarks
+# make demo      trains a fused SCVI, from a bare clone
+# make test      ruff, mypy and the whole test suite
+# make lint      ruff and mypy alone
+# make sanitize  tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench     the benchmarks
 #
 # Each makes .venv first and installs into it what it needs; a second call finds it there.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder another (also an existing) environment.
@@ -13,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 BUILD_INPUTS := setup.py pyproject.toml decoder_fast/_build.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint sanitize bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/scvi.stamp
@@ -25,6 +26,9 @@ test: lint
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sanitize: $(VENV)/test.stamp
+	PYTHON=$(BIN)/python tests/sanitize.sh
 
 bench: $(VENV)/test.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m bench

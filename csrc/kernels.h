@@ -3,6 +3,7 @@
 #pragma once
 
 #include "count_nll.h"
+#include "covariate_linear.h"
 #include "softmax_library.h"
 
 namespace decoder_fast {
@@ -12,6 +13,8 @@ struct Kernels {
     std::int32_t (*count_nll)(CountNll&);
     void (*softmax_library)(const SoftmaxLibrary&);
     void (*softmax_library_backward)(const SoftmaxLibrary&);
+    LayerStatus (*covariate_linear)(CovariateLinear&);
+    LayerStatus (*covariate_linear_backward)(CovariateLinear&);
 };
 
 // Each is null where the compiler or the target has no such instruction set.

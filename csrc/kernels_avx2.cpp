@@ -27,6 +27,8 @@ const Kernels table = {
     &avx2::count_nll,
     &avx2::softmax_library,
     &avx2::softmax_library_backward,
+    &avx2::covariate_linear,
+    &avx2::covariate_linear_backward,
 };
 }
 const Kernels* const kernels_avx2 = &table;

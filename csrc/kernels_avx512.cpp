@@ -27,6 +27,8 @@ const Kernels table = {
     &avx512::count_nll,
     &avx512::softmax_library,
     &avx512::softmax_library_backward,
+    &avx512::covariate_linear,
+    &avx512::covariate_linear_backward,
 };
 }
 const Kernels* const kernels_avx512 = &table;

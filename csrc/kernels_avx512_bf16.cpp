@@ -27,6 +27,8 @@ const Kernels table = {
     &avx512_bf16::count_nll,
     &avx512_bf16::softmax_library,
     &avx512_bf16::softmax_library_backward,
+    &avx512_bf16::covariate_linear,
+    &avx512_bf16::covariate_linear_backward,
 };
 }
 const Kernels* const kernels_avx512_bf16 = &table;

@@ -25,6 +25,8 @@ namespace {
 
 #include "softmax_library_kernel.h"
 
+#include "covariate_linear_kernel.h"
+
 }  // namespace
 }  // namespace DECODER_FAST_INSTRUCTION_SET
 }  // namespace decoder_fast

@@ -12,6 +12,8 @@ const Kernels table = {
     &portable::count_nll,
     &portable::softmax_library,
     &portable::softmax_library_backward,
+    &portable::covariate_linear,
+    &portable::covariate_linear_backward,
 };
 }
 const Kernels* const kernels_portable = &table;

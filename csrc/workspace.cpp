@@ -16,12 +16,14 @@ struct Kept {
     std::size_t size = 0;
 };
 
-Kept& kept() {
-    static Kept* const instance = new Kept;  // never destroyed: threads may outlive main
-    return *instance;
+constexpr std::size_t large = std::size_t{1} << 22;
+constexpr std::size_t most_kept = std::size_t{1} << 27;
+
+Kept& kept(std::size_t size) {
+    static Kept* const instances = new Kept[2];  // never destroyed: threads may outlive main
+    return instances[size >= large ? 1 : 0];
 }
 
-constexpr std::size_t most_kept = std::size_t{1} << 27;
 constexpr std::size_t huge_page = std::size_t{1} << 21;
 
 void* allocate(std::size_t size) {
@@ -49,7 +51,7 @@ void release(void* memory) {
 }  // namespace
 
 Workspace::Workspace(std::size_t size) : memory(nullptr), size_(size) {
-    Kept& k = kept();
+    Kept& k = kept(size);
     {
         const std::lock_guard<std::mutex> lock(k.mutex);
         if (k.memory != nullptr && k.size >= size && k.size / 4 <= size) {
@@ -62,7 +64,7 @@ Workspace::Workspace(std::size_t size) : memory(nullptr), size_(size) {
 }
 
 Workspace::~Workspace() {
-    Kept& k = kept();
+    Kept& k = kept(size_);
     void* unused = memory;
     if (memory != nullptr && size_ <= most_kept) {
         const std::lock_guard<std::mutex> lock(k.mutex);

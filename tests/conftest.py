@@ -51,6 +51,11 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the markers."""
+    config.addinivalue_line("markers", "computes_in(dtype): dtype that the test computes in")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that take ``backend`` on every backend that can run the module's ``OPERATION``.
 
@@ -59,6 +64,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, which in (("backend", 0), ("missing_backend", 1)):
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, _split(metafunc.module.OPERATION)[which])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases whose dtype or likelihood their backend does not offer.
+
+    The dtype is that of the test's marker ``computes_in``, or float32.
+    """
+    offered = []
+    left_out = []
+    for item in items:
+        case = item.callspec.params if hasattr(item, "callspec") else {}
+        marker = item.get_closest_marker("computes_in")
+        if "backend" in case:
+            try:
+                choose(
+                    item.module.OPERATION,
+                    case["backend"],
+                    device=torch.device("cpu"),
+                    dtype=marker.args[0] if marker else torch.float32,
+                    likelihood=case.get("likelihood"),
+                )
+            except RuntimeError:
+                left_out.append(item)
+                continue
+        offered.append(item)
+    if left_out:
+        items[:] = offered
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ ACTIVATIONS = ("softmax", "softplus")
 SIZES = {"2-D": None, "3-D": 3}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+float64 = pytest.mark.computes_in(torch.float64)
 
 
 class Problem:
@@ -180,11 +181,39 @@ def assert_identical(got, expected):
             assert torch.equal(got[1][name], value), name
 
 
+def widest_dtype(backend):
+    """Of those that a backend computes in."""
+    cpu = torch.device("cpu")
+    try:
+        choose(OPERATION, backend, device=cpu, dtype=torch.float64)
+    except RuntimeError:
+        return torch.float32
+    return torch.float64
+
+
+def assert_right(problem, backend, tolerance, **options):
+    """Compare with the truth: to ``tolerance`` in float64, or to what float32 promises.
+
+    The problem's tensors are float32, so that every dtype holds their values.
+    """
+    got = problem.evaluate(dtype=widest_dtype(backend), backend=backend, **options)
+    truth = problem.truth()
+    if got[0].dtype == torch.float64:
+        assert_same(got, truth, tolerance)
+    else:
+        assert_accurate("nll", got[0], truth[0], None, 1e-6)
+        for name, value in truth[1].items():
+            assert got[1][name].shape == value.shape
+            assert_accurate(name, got[1][name], value, None, 1e-5)
+    return got
+
+
 every_model = pytest.mark.parametrize(("likelihood", "dispersion"), MODELS)
 every_activation = pytest.mark.parametrize("scale_activation", ACTIVATIONS)
 every_size = pytest.mark.parametrize("samples", SIZES.values(), ids=SIZES)
 
 
+@float64
 @pytest.mark.usefixtures("small_tiles")
 @every_size
 @every_activation
@@ -321,7 +350,7 @@ def to_csr(x, *, index=torch.int64, dtype=None, how="canonical", seed=0):
 @pytest.fixture
 def counted():
     """A problem whose counts are integers, with an empty cell and a gene that nobody expresses."""
-    problem = Problem("zinb", "gene", samples=2, n=11, genes=45)
+    problem = Problem("zinb", "gene", samples=2, n=11, genes=45, dtype=torch.float32)
     problem.x = problem.x.floor().clamp(max=100)
     problem.x[0] = problem.x[10] = problem.x[4:6] = 0
     problem.x[:, 0] = problem.x[:, 44] = problem.x[:, 20] = 0
@@ -340,7 +369,8 @@ def test_count_dtypes(counted, dtype, layout, backend):
     x = counted.x.to(dtype)
     if layout == "csr":
         x = to_csr(counted.x, dtype=dtype)
-    assert_identical(counted.evaluate(x=x, backend=backend), counted.evaluate(backend=backend))
+    expected = counted.evaluate(dtype=torch.float32, backend=backend)
+    assert_identical(counted.evaluate(dtype=torch.float32, x=x, backend=backend), expected)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -355,7 +385,8 @@ def test_csr(counted, index, dtype, how, backend):
     in_two = n + int((counted.x > 1).sum())
     stored = {"zeros": counted.x.numel(), "duplicates": in_two, "in pairs": in_two}
     assert x.values().numel() == stored.get(how, n)
-    assert_identical(counted.evaluate(x=x, backend=backend), counted.evaluate(backend=backend))
+    expected = counted.evaluate(dtype=torch.float32, backend=backend)
+    assert_identical(counted.evaluate(dtype=torch.float32, x=x, backend=backend), expected)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -369,11 +400,11 @@ def test_csr_of_real_values(how):
 
 
 @pytest.mark.parametrize("x", ["dense", "csr"])
-def test_no_counts_at_all(counted, x):
+def test_no_counts_at_all(counted, x, backend):
     """Every cell empty: the likelihood of zeros."""
     counted.x.zero_()
     counts = counted.x.to_sparse_csr() if x == "csr" else counted.x
-    assert_same(counted.evaluate(x=counts), counted.truth(), 1e-12)
+    assert_right(counted, backend, 1e-12, x=counts)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -382,7 +413,7 @@ def test_no_counts_at_all(counted, x):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
-def test_extremes(likelihood):
+def test_extremes(likelihood, backend):
     """Inverse dispersion 1e-6 to 1e8, means 1e-12 to 1e7, counts to 1e6, any dropout; float32."""
     n, genes = 9, 50
     generator = torch.Generator().manual_seed(0)
@@ -402,7 +433,7 @@ def test_extremes(likelihood):
     problem.x = torch.tensor([0, 0, 0, 1, 2, 0.25, 17.0, 1e3, 1e6])[
         torch.randint(0, 9, (n, genes), generator=generator)
     ]
-    nll, grads = problem.evaluate(dtype=torch.float32)
+    nll, grads = problem.evaluate(dtype=torch.float32, backend=backend)
 
     exact = {name: t.double() for name, t in tensors.items()}
     logits = exact["scale_bias"].expand(n, genes)
@@ -429,7 +460,7 @@ def test_extremes(likelihood):
 
 @pytest.mark.parametrize("theta", [1e4, 1e5, 1e6])
 @pytest.mark.parametrize("dispersion", ["gene", "head"])
-def test_better_than_stock_at_large_theta(theta, dispersion, stock):
+def test_better_than_stock_at_large_theta(theta, dispersion, stock, backend):
     """Where stock's float32 is lost, the loss and the dispersion's gradient are not."""
     problem = Problem("nb", dispersion, dtype=torch.float32)
     problem.x = problem.x.clamp(max=20)
@@ -437,7 +468,7 @@ def test_better_than_stock_at_large_theta(theta, dispersion, stock):
     problem.tensors[name] = torch.full((203,), theta).log()
     if dispersion == "head":
         problem.tensors["r_weight"] *= 0.01
-    nll, grads = problem.evaluate(dtype=torch.float32)
+    nll, grads = problem.evaluate(dtype=torch.float32, backend=backend)
     stock_values, stock_grads = problem.evaluate(stock_nll(stock), torch.float32)
     true_nll, true_grads = problem.truth()
     # float64 itself has lost: 1e-9 of the gradient at 1e4, 1e-5 of it at 1e6.
@@ -451,10 +482,10 @@ def test_better_than_stock_at_large_theta(theta, dispersion, stock):
             assert error(theirs, truth) > 1e-4, what
 
 
-def test_log_mean_below_float32():
+def test_log_mean_below_float32(backend):
     """A mean that underflows keeps its logarithm: scvi-tools would say -inf."""
     x = torch.tensor([[3.0, 0.0, 2.0]])
-    arguments = dict(hidden=torch.ones(1, 1), library=torch.tensor([[5.0]]))
+    arguments = dict(hidden=torch.ones(1, 1), library=torch.tensor([[5.0]]), backend=backend)
     weight = torch.tensor([[-200.0], [0.0], [-150.0]], requires_grad=True)
     nll = count_nll(x, **arguments, scale_weight=weight, likelihood="poisson")
     log_mu = torch.tensor([-195.0, 5.0, -145.0], dtype=torch.float64)
@@ -480,13 +511,14 @@ def test_log_mean_below_float32():
 
 @every_activation
 @every_model
-def test_cell_without_counts(likelihood, dispersion, scale_activation):
+def test_cell_without_counts(likelihood, dispersion, scale_activation, backend):
     """Library -inf and no counts: zero loss under any count likelihood, and finite gradients."""
-    problem = Problem(likelihood, dispersion, scale_activation, n=5, genes=20)
+    problem = Problem(
+        likelihood, dispersion, scale_activation, n=5, genes=20, dtype=torch.float32
+    )
     problem.tensors["library"][2] = -torch.inf
     problem.x[2] = 0
-    got, truth = problem.evaluate(), problem.truth()
-    assert_same(got, truth, 1e-11)
+    got = assert_right(problem, backend, 1e-11)
     assert all(g.isfinite().all() for g in got[1].values())
     if likelihood != "normal":
         assert got[0][2] == 0
@@ -494,9 +526,9 @@ def test_cell_without_counts(likelihood, dispersion, scale_activation):
 
 @pytest.mark.parametrize("logits", ["equal", "huge"])
 @every_model
-def test_unusual_logits(likelihood, dispersion, logits):
+def test_unusual_logits(likelihood, dispersion, logits, backend):
     """Logits all equal, or far apart."""
-    problem = Problem(likelihood, dispersion, n=5, genes=20)
+    problem = Problem(likelihood, dispersion, n=5, genes=20, dtype=torch.float32)
     if logits == "equal":
         problem.tensors["scale_weight"][:] = problem.tensors["scale_weight"][0]
         problem.tensors["scale_bias"][:] = 3
@@ -505,12 +537,17 @@ def test_unusual_logits(likelihood, dispersion, logits):
         problem.x[:] = problem.x * (problem.tensors["scale_bias"] > 1e4)  # xlogy(1, 0) is -inf
         top = problem.tensors["scale_bias"].argmax()
         problem.x[:, torch.arange(20) != top] = 0
-    got, truth = problem.evaluate(), problem.truth()
-    torch.testing.assert_close(got[0], truth[0], rtol=1e-11, atol=0)
+    dtype = widest_dtype(backend)
+    got, truth = problem.evaluate(dtype=dtype, backend=backend), problem.truth()
+    rtol, grad_rtol = (1e-11, 1e-9) if dtype == torch.float64 else (1e-6, 1e-5)
+    torch.testing.assert_close(got[0].double(), truth[0], rtol=rtol, atol=0)
     for name, value in truth[1].items():
-        # Absolute too: where all logits are equal, what reaches the hidden units cancels.
-        torch.testing.assert_close(got[1][name], value, rtol=1e-9, atol=1e-9)
-    nll, grads = problem.evaluate(dtype=torch.float32)
+        # Of the whole gradient: where all logits are equal, what reaches the hidden units cancels.
+        largest = max(g.abs().max().item() for g in truth[1].values())
+        torch.testing.assert_close(
+            got[1][name].double(), value, rtol=grad_rtol, atol=grad_rtol * largest
+        )
+    nll, grads = problem.evaluate(dtype=torch.float32, backend=backend)
     assert nll.isfinite().all()
     assert all(g.isfinite().all() for g in grads.values())
 
@@ -518,23 +555,30 @@ def test_unusual_logits(likelihood, dispersion, logits):
 @every_size
 @every_activation
 @every_model
-def test_one_gene_one_cell(likelihood, dispersion, scale_activation, samples):
+def test_one_gene_one_cell(likelihood, dispersion, scale_activation, samples, backend):
     problem = Problem(
-        likelihood, dispersion, scale_activation, samples=samples, n=1, genes=1, hidden=1
+        likelihood,
+        dispersion,
+        scale_activation,
+        samples=samples,
+        n=1,
+        genes=1,
+        hidden=1,
+        dtype=torch.float32,
     )
     problem.x[:] = 2
-    assert_same(problem.evaluate(), problem.truth(), 1e-11)
+    assert_right(problem, backend, 1e-11)
 
 
 @pytest.mark.parametrize("csr", [False, True])
 @pytest.mark.parametrize(("samples", "n", "genes"), [(None, 0, 9), (2, 0, 9), (0, 4, 9), (2, 4, 0)])
 @every_activation
 @every_model
-def test_empty(likelihood, dispersion, scale_activation, samples, n, genes, csr):
+def test_empty(likelihood, dispersion, scale_activation, samples, n, genes, csr, backend):
     """Without cells, samples or genes: no loss, and gradients of zero."""
     problem = Problem(likelihood, dispersion, scale_activation, samples=samples, n=n, genes=genes)
     x = problem.x.to_sparse_csr() if csr else problem.x
-    nll, grads = problem.evaluate(x=x)
+    nll, grads = problem.evaluate(dtype=widest_dtype(backend), x=x, backend=backend)
     assert nll.shape == problem.upstream.shape
     assert not nll.any()
     assert all(not g.any() for g in grads.values())
@@ -549,11 +593,12 @@ def test_empty(likelihood, dispersion, scale_activation, samples, n, genes, csr)
     "wanted", [("hidden",), ("library",), ("px_r",), ("dropout_bias",), ("scale_weight", "px_r")]
 )
 @pytest.mark.parametrize("dispersion", ["gene", "table"])
-def test_subsets_of_gradients(wanted, dispersion):
+def test_subsets_of_gradients(wanted, dispersion, backend):
     problem = Problem("zinb", dispersion, n=11, genes=45)
-    nll, every = problem.evaluate()
+    options = dict(dtype=torch.float32, backend=backend)
+    nll, every = problem.evaluate(**options)
     expected = {name: g if name in wanted else None for name, g in every.items()}
-    assert_identical(problem.evaluate(wanted=wanted), (nll, expected))
+    assert_identical(problem.evaluate(wanted=wanted, **options), (nll, expected))
 
 
 @pytest.mark.parametrize(
@@ -577,24 +622,34 @@ def test_gradients_of_others_are_not_computed(monkeypatch, wanted, products):
     assert recorder.products == products
 
 
-def test_unused_heads_have_no_gradient():
+def test_unused_heads_have_no_gradient(backend):
     """None and not zero: an optimiser's weight decay would move them."""
-    problem = Problem("zinb", "gene", n=5, genes=20)
+    problem = Problem("zinb", "gene", n=5, genes=20, dtype=torch.float32)
     spare = {
-        name: torch.randn(20, 13, dtype=torch.float64, requires_grad=True)
-        for name in ("dropout_weight", "r_weight")
+        name: torch.randn(20, 13, requires_grad=True) for name in ("dropout_weight", "r_weight")
     }
     tensors = {
         name: problem.tensors[name].requires_grad_()
         for name in ("hidden", "library", "scale_weight", "px_r")
     }
-    nb = count_nll(problem.x, **tensors, dropout_weight=spare["dropout_weight"], likelihood="nb")
+    nb = count_nll(
+        problem.x,
+        **tensors,
+        dropout_weight=spare["dropout_weight"],
+        likelihood="nb",
+        backend=backend,
+    )
     nb.sum().backward()
     assert spare["dropout_weight"].grad is None
     del tensors["px_r"]
     problem.tensors["px_r"].grad = None
     poisson = count_nll(
-        problem.x, **tensors, **spare, px_r=problem.tensors["px_r"], likelihood="poisson"
+        problem.x,
+        **tensors,
+        **spare,
+        px_r=problem.tensors["px_r"],
+        likelihood="poisson",
+        backend=backend,
     )
     poisson.sum().backward()
     assert spare["dropout_weight"].grad is spare["r_weight"].grad is None
@@ -603,9 +658,10 @@ def test_unused_heads_have_no_gradient():
 
 
 @every_size
-def test_result_is_fresh(samples):
+def test_result_is_fresh(samples, backend):
     """The loss is changed in place downstream; the gradients must not feel it."""
     problem = Problem("zinb", "gene", samples=samples, n=5, genes=20)
+    options = dict(dtype=widest_dtype(backend), backend=backend)
 
     def changed(*args, **options):
         nll = count_nll(*args, **options)
@@ -613,31 +669,33 @@ def test_result_is_fresh(samples):
         nll *= 2
         return nll
 
-    nll, grads = problem.evaluate()
+    nll, grads = problem.evaluate(**options)
     expected = 2 * (nll + 1), {name: 2 * g for name, g in grads.items()}
-    assert_same(problem.evaluate(changed), expected, 1e-14)
+    # Twice the upstream gradient: exactly, as far as 2 x is taken without rounding.
+    assert_same(problem.evaluate(changed, **options), expected, torch.finfo(nll.dtype).eps)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
-    problem = Problem("zinb", "gene", n=5, genes=20)
-    expected, _ = problem.evaluate()
+def test_without_gradients(mode, backend):
+    problem = Problem("zinb", "gene", n=5, genes=20, dtype=torch.float32)
+    expected, _ = problem.evaluate(dtype=torch.float32, backend=backend)
     tensors = {name: t.requires_grad_() for name, t in problem.tensors.items()}
     with mode():
-        nll = count_nll(problem.x, **tensors, **problem.options)
+        nll = count_nll(problem.x, **tensors, **problem.options, backend=backend)
     assert not nll.requires_grad
     assert torch.equal(nll, expected)
 
 
 @every_size
 @every_model
-def test_memory_layout_does_not_matter(likelihood, dispersion, samples):
+def test_memory_layout_does_not_matter(likelihood, dispersion, samples, backend):
     """Transposed, sliced and expanded inputs; and the same bits at every run."""
-    problem = Problem(likelihood, dispersion, samples=samples, n=5, genes=20)
+    problem = Problem(likelihood, dispersion, samples=samples, n=5, genes=20, dtype=torch.float32)
     problem.tensors["library"][:] = problem.tensors["library"][:1]
     problem.tensors["library"] = problem.tensors["library"][:1].expand(5, 1)
-    expected = problem.evaluate()
-    assert_identical(problem.evaluate(), expected)
+    options = dict(dtype=widest_dtype(backend), backend=backend)
+    expected = problem.evaluate(**options)
+    assert_identical(problem.evaluate(**options), expected)
     contiguous, x = problem.tensors, problem.x
 
     def transposed(t):
@@ -650,26 +708,32 @@ def test_memory_layout_does_not_matter(likelihood, dispersion, samples):
         problem.tensors = {name: how(t) for name, t in contiguous.items()}
         index = problem.options.get("px_r_index")
         changed = {} if index is None else {"px_r_index": torch.stack([index, index], 1)[:, 0]}
-        assert_same(problem.evaluate(x=how(x), **changed), expected, 1e-14)
+        got = problem.evaluate(x=how(x), **changed, **options)
+        if backend == "torch":  # torch.mm takes its products in another order then
+            assert_same(got, expected, 1e-14)
+        else:
+            assert_identical(got, expected)
     problem.tensors = contiguous | {"library": contiguous["library"].contiguous()}
-    assert_identical(problem.evaluate(), expected)
+    assert_identical(problem.evaluate(**options), expected)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (5, 1), (1, 5, 1), (3, 1, 1), (3, 5, 1)])
-def test_library_broadcasts(shape):
-    problem = Problem("nb", "gene", samples=3, n=5, genes=20)
-    problem.tensors["library"] = torch.randn(shape, dtype=torch.float64) + 5
-    assert_same(problem.evaluate(), problem.truth(), 1e-11)
+def test_library_broadcasts(shape, backend):
+    problem = Problem("nb", "gene", samples=3, n=5, genes=20, dtype=torch.float32)
+    problem.tensors["library"] = torch.randn(shape) + 5
+    assert_right(problem, backend, 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("column", [False, True])
-def test_labels(dtype, column):
+def test_labels(dtype, column, backend):
     """Labels of any integer dtype, as (N,) or (N, 1)."""
     problem = Problem("nb", "table", n=5, genes=20)
-    expected = problem.evaluate()
+    options = dict(dtype=torch.float32, backend=backend)
+    expected = problem.evaluate(**options)
     index = problem.options["px_r_index"].to(dtype)
-    assert_identical(problem.evaluate(px_r_index=index[:, None] if column else index), expected)
+    index = index[:, None] if column else index
+    assert_identical(problem.evaluate(px_r_index=index, **options), expected)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -691,10 +755,10 @@ def test_gradcheck(likelihood, dispersion, scale_activation, samples):
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-def test_double_backward_is_refused():
-    problem = Problem("nb", "gene", n=5, genes=20)
+def test_double_backward_is_refused(backend):
+    problem = Problem("nb", "gene", n=5, genes=20, dtype=torch.float32)
     weight = problem.tensors["scale_weight"].requires_grad_()
-    nll = count_nll(problem.x, **problem.tensors, **problem.options)
+    nll = count_nll(problem.x, **problem.tensors, **problem.options, backend=backend)
     (grad,) = torch.autograd.grad(nll.sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
@@ -705,11 +769,11 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision(half):
+def test_half_precision(half, backend):
     """Half-precision tensors are computed with in float32; their gradients are half again."""
     problem = Problem("zinb", "gene", n=5, genes=20, dtype=half)
     tensors = {name: t.requires_grad_() for name, t in problem.tensors.items()}
-    nll = count_nll(problem.x, **tensors, **problem.options)
+    nll = count_nll(problem.x, **tensors, **problem.options, backend=backend)
     assert nll.dtype == torch.float32
     truth, _ = problem.truth()
     torch.testing.assert_close(nll.double(), truth, rtol=1e-6, atol=0)
@@ -717,12 +781,12 @@ def test_half_precision(half):
     assert all(t.grad.dtype == half for t in tensors.values())
 
 
-def test_autocast():
+def test_autocast(backend):
     """Autocast changes nothing: the operation chooses its own precision, backward as forward."""
     problem = Problem("zinb", "head", n=5, genes=20, dtype=torch.float32)
-    expected = problem.evaluate(dtype=torch.float32)
+    expected = problem.evaluate(dtype=torch.float32, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = problem.evaluate(dtype=torch.float32)
+        got = problem.evaluate(dtype=torch.float32, backend=backend)
     assert_identical(got, expected)
 
 
@@ -832,7 +896,8 @@ def operands(problem, x=None, options=("auto",)):
         ("poisson", None, "softmax", 2),
     ],
 )
-def test_opcheck(likelihood, dispersion, scale_activation, samples, layout):
+def test_opcheck(likelihood, dispersion, scale_activation, samples, layout, backend):
+    dtype = widest_dtype(backend)
     problem = Problem(
         likelihood,
         dispersion,
@@ -841,6 +906,7 @@ def test_opcheck(likelihood, dispersion, scale_activation, samples, layout):
         n=5,
         genes=20,
         hidden=3,
+        dtype=dtype,
     )
     if layout == "transposed":
         problem.tensors = {
@@ -848,10 +914,10 @@ def test_opcheck(likelihood, dispersion, scale_activation, samples, layout):
             for name, t in problem.tensors.items()
         }
         if samples:
-            problem.tensors["library"] = torch.randn(5, samples).double().t()[..., None] + 5
+            problem.tensors["library"] = torch.randn(5, samples, dtype=dtype).t()[..., None] + 5
     problem.tensors = {name: t.requires_grad_() for name, t in problem.tensors.items()}
     x = problem.x.to_sparse_csr() if layout == "csr" else problem.x
-    arguments = operands(problem, x)
+    arguments = operands(problem, x, (backend,))
     ops = torch.ops.decoder_fast
     torch.library.opcheck(ops.count_nll.default, arguments)
     with torch.no_grad():
@@ -877,7 +943,7 @@ def test_opcheck(likelihood, dispersion, scale_activation, samples, layout):
         ("poisson", None, "softmax", None),
     ],
 )
-def test_compile(likelihood, dispersion, scale_activation, samples, dynamo):
+def test_compile(likelihood, dispersion, scale_activation, samples, dynamo, backend):
     """Compiled without a break, for the last, smaller mini-batch too: the same bits."""
     compiled = torch.compile(count_nll, fullgraph=True, dynamic=True, backend="aot_eager")
     with dynamo.config.patch(error_on_recompile=True):
@@ -891,30 +957,26 @@ def test_compile(likelihood, dispersion, scale_activation, samples, dynamo):
                 genes=20,
                 dtype=torch.float32,
             )
-            expected = problem.evaluate(dtype=torch.float32)
-            assert_identical(problem.evaluate(compiled, torch.float32), expected)
+            expected = problem.evaluate(dtype=torch.float32, backend=backend)
+            got = problem.evaluate(compiled, torch.float32, backend=backend)
+            assert_identical(got, expected)
 
 
-def test_compile_frozen_head(dynamo):
+def test_compile_frozen_head(dynamo, backend):
     """Heads that need no gradient get none from the compiled operation either."""
     problem = Problem("zinb", "gene", n=5, genes=20, dtype=torch.float32)
-    wanted = ("hidden", "px_r")
+    options = dict(dtype=torch.float32, wanted=("hidden", "px_r"), backend=backend)
     compiled = torch.compile(count_nll, fullgraph=True, backend="aot_eager")
-    assert_identical(
-        problem.evaluate(compiled, torch.float32, wanted=wanted),
-        problem.evaluate(dtype=torch.float32, wanted=wanted),
-    )
+    assert_identical(problem.evaluate(compiled, **options), problem.evaluate(**options))
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo d")
-def test_compile_csr(dynamo):
+def test_compile_csr(dynamo, backend):
     """torch.compile traces no sparse tensor; the graph breaks around it, and nothing else does."""
     problem = Problem("zinb", "table", n=5, genes=20, dtype=torch.float32)
     compiled = torch.compile(count_nll, backend="aot_eager")
-    x = problem.x.to_sparse_csr()
-    assert_identical(
-        problem.evaluate(compiled, torch.float32, x=x), problem.evaluate(dtype=torch.float32)
-    )
+    options = dict(dtype=torch.float32, x=problem.x.to_sparse_csr(), backend=backend)
+    assert_identical(problem.evaluate(compiled, **options), problem.evaluate(**options))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's inductor needs g++")
@@ -1009,7 +1071,7 @@ BAD = {
         ["x holds", "nan", "non-negative"],
     ),
     "x NaN normal": (
-        dict(x=with_value(torch.nan), likelihood="normal"),
+        dict(x=with_value(torch.nan), likelihood="normal", backend="torch"),
         ValueError,
         ["x holds NaN"],
     ),
@@ -1130,7 +1192,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "kind", "parts"), BAD.values(), ids=BAD)
-def test_bad_input(change, kind, parts):
+def test_bad_input(change, kind, parts, backend):
     arguments = {
         "x": torch.ones(4, 6),
         "hidden": torch.ones(4, 3),
@@ -1139,6 +1201,7 @@ def test_bad_input(change, kind, parts):
         "dropout_weight": torch.ones(6, 3),
         "px_r": torch.zeros(6),
         "likelihood": "zinb",
+        "backend": backend,
     }
     with pytest.raises(kind) as raised:
         count_nll(**(arguments | change))
@@ -1157,8 +1220,9 @@ def test_backend_that_cannot_run(missing_backend):
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("csr", [False, True])
-def test_a_bad_count_in_the_last_tile(csr):
-    problem = Problem("nb", "gene")
+def test_a_bad_count_in_the_last_tile(csr, backend):
+    problem = Problem("nb", "gene", dtype=torch.float32)
     problem.x[-1, -1] = -1
+    x = problem.x.to_sparse_csr() if csr else problem.x
     with pytest.raises(ValueError, match="non-negative"):
-        problem.evaluate(x=problem.x.to_sparse_csr() if csr else problem.x)
+        problem.evaluate(dtype=torch.float32, x=x, backend=backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..cpp import covariate_linear as cpp
 from ..reference import covariate_linear as reference
 from ..reference.covariate_linear import ACTIVATIONS, Inputs
 from ._common import (
@@ -23,18 +26,40 @@ from ._common import (
 
 __all__ = ["covariate_linear"]
 
-_FORWARD = {"torch": reference.forward}
-_BACKWARD = {"torch": reference.backward}
+_FORWARD = {"cpp": cpp.forward, "torch": reference.forward}
+_BACKWARD = {"cpp": cpp.backward, "torch": reference.backward}
 _DIFFERENTIABLE = ("x", "weight", "bias", "batch_norm_weight", "batch_norm_bias")
 
 
-def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _FORWARD[choose("covariate_linear", backend, device=inputs.x.device).backend]
+def _chosen(tensor: Tensor, backend: str) -> str:
+    return choose("covariate_linear", backend, device=tensor.device, dtype=tensor.dtype).backend
+
+
+def _check_labels(inputs: Inputs) -> None:
     for k, (category, n_cat) in enumerate(zip(inputs.categories, inputs.n_cats, strict=True)):
         if not category.is_floating_point():
             check_labels(category, n_cat, f"category {k}")
+
+
+def _forward(
+    inputs: Inputs, backend: str, update: tuple[Tensor, Tensor, float] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the layer, and move the running statistics of ``update`` by its momentum."""
+    chosen = _chosen(inputs.x, backend)
+    if chosen != "cpp" or inputs.x.shape[0] == 0:  # its kernel looks at every label anyway
+        _check_labels(inputs)
     with no_autocast(inputs.x.device):
-        return run(inputs)
+        try:
+            if chosen == "cpp" and update is not None and cpp.movable(update[:2]):
+                return cpp.forward(inputs, update[:2], update[2])
+            results = _FORWARD[chosen](inputs)
+        except cpp.LabelError:
+            _check_labels(inputs)
+            raise
+    if update is not None:
+        n_cells, eps = inputs.x.shape[1], inputs.batch_norm_eps
+        _update_running(*update[:2], *results[2:], update[2], eps, n_cells, backend)
+    return results
 
 
 def _backward(
@@ -47,62 +72,71 @@ def _backward(
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
-    run = _BACKWARD[choose("covariate_linear", backend, device=grad.device).backend]
+    run = _BACKWARD[_chosen(grad, backend)]
     with no_autocast(grad.device):
         return run(inputs, grad, out, v, mean, invstd, wanted)
 
 
+@functools.cache
+def _names(n_categories: int) -> tuple[str, ...]:
+    """Name what can be differentiated, in the order of the operation's arguments."""
+    return (*_DIFFERENTIABLE, *(f"categories.{k}" for k in range(n_categories)))
+
+
 class _CovariateLinear(torch.autograd.Function):
+    # Takes and returns 2-D tensors as they are: views outside would be autograd's nodes too.
     @staticmethod
     def forward(
         ctx: Any,
         backend: str,
         options: tuple[Any, ...],
         n_cats: list[int],
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        running: tuple[Tensor | None, Tensor | None],
+        update: tuple[Tensor, Tensor, float] | None,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         batch_norm_weight: Tensor | None,
         batch_norm_bias: Tensor | None,
         *categories: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor:
         inputs = Inputs(
-            x,
+            x if x.dim() == 3 else x[None],
             weight,
             bias,
             list(categories),
             n_cats,
             batch_norm_weight,
             batch_norm_bias,
-            running_mean,
-            running_var,
+            *running,
             *options,
         )
-        out, v, mean, invstd = _forward(inputs, backend)
+        out, v, mean, invstd = _forward(inputs, backend, update)
+        if x.dim() == 2:
+            out = out[0]
         ctx.save_for_backward(
             out, v, mean, invstd, x, weight, bias, batch_norm_weight, batch_norm_bias, *categories
         )
         ctx.static = (backend, options, n_cats)
-        ctx.mark_non_differentiable(mean, invstd)
-        return out, mean, invstd
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _mean: Any, _var: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         backend, options, n_cats = ctx.static
         out, v, mean, invstd, x, weight, bias, bn_weight, bn_bias, *categories = ctx.saved_tensors
-        names = [*_DIFFERENTIABLE, *(f"categories.{k}" for k in range(len(categories)))]
-        wanted = frozenset(
-            name for name, need in zip(names, ctx.needs_input_grad[5:], strict=True) if need
-        )
+        names = _names(len(categories))
+        wanted = frozenset(itertools.compress(names, ctx.needs_input_grad[5:]))
+        if flat := x.dim() == 2:
+            x, out, grad = x[None], out[None], grad[None]
         # Running statistics are in (mean, invstd) where they were used.
         inputs = Inputs(
             x, weight, bias, categories, n_cats, bn_weight, bn_bias, None, None, *options
         )
         grads = _backward(inputs, grad, out, v, mean, invstd, wanted, backend)
-        return (None,) * 5 + tuple(grads.get(name) for name in names)
+        if flat and "x" in grads:
+            grads["x"] = grads["x"][0]
+        return (None,) * 5 + tuple(map(grads.get, names))
 
 
 @torch.library.custom_op("decoder_fast::covariate_linear", mutates_args=())
@@ -312,6 +346,67 @@ def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
 _op.register_autograd(_derive, setup_context=_setup)
 
 
+def _update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    momentum: float,
+    eps: float,
+    n_cells: int,
+    backend: str,
+) -> None:
+    """Move the running statistics once for each sample, as stock batch norm does slice by slice."""
+    running = (running_mean, running_var)
+    if _chosen(mean, backend) == "cpp" and cpp.movable(running):
+        cpp.update_running(running, mean, invstd, momentum, eps, n_cells)
+        return
+    with torch.no_grad():
+        unbiased = (invstd.pow(-2) - eps).clamp_(min=0) * (n_cells / (n_cells - 1))
+        for sample_mean, sample_var in zip(mean.unbind(), unbiased.unbind(), strict=True):
+            running_mean.mul_(1 - momentum).add_(sample_mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(sample_var, alpha=momentum)
+
+
+_op_update_running = torch.library.custom_op(
+    "decoder_fast::update_running", _update_running, mutates_args=("running_mean", "running_var")
+)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Refuse a parameter that is not floating point, or not where ``x`` is."""
+    if not tensor.is_floating_point():
+        check_floating(**{name: tensor})
+    if tensor.device != x.device:
+        check_together("x", x, **{name: tensor})
+
+
+def _prepared_category(
+    k: int, category: Tensor, n_cat: int, n_cells: int, x: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Check a covariate; return int64 labels (N,), or a matrix of ``dtype``."""
+    if category.device != x.device:
+        check_together("x", x, **{f"category {k}": category})
+    if category.dim() == 2 and category.shape[1] == n_cat and n_cat > 1:
+        check_shape(f"category {k}", category, (n_cells, n_cat), "one row a cell")
+        return _as(category, dtype)
+    if category.is_floating_point() or category.dtype == torch.bool:
+        raise TypeError(
+            f"category {k} has dtype {category.dtype} and shape {tuple(category.shape)}; "
+            f"expected integer labels (cells, 1), or a ({n_cells}, {n_cat}) one-hot matrix"
+        )
+    if category.shape not in ((n_cells,), (n_cells, 1)):
+        raise ValueError(
+            f"category {k} has shape {tuple(category.shape)}, expected ({n_cells}, 1) "
+            f"integer labels or a ({n_cells}, {n_cat}) one-hot matrix"
+        )
+    return _as(category.reshape(n_cells), torch.int64)
+
+
 def covariate_linear(
     x: Tensor,
     weight: Tensor,
@@ -395,53 +490,43 @@ def covariate_linear(
         raise ValueError(f"got {len(categories)} categories, but {len(n_cats)} numbers of them")
     n_cells, n_in = x.shape[-2:]
     n_hidden = weight.shape[0]
-    check_shape(
-        "weight",
-        weight,
-        (n_hidden, n_in + sum(n_cats)),
-        f"{n_in} columns for x and {sum(n_cats)} for the categories",
-    )
+    if weight.shape[1] != n_in + sum(n_cats):
+        check_shape(
+            "weight",
+            weight,
+            (n_hidden, n_in + sum(n_cats)),
+            f"{n_in} columns for x and {sum(n_cats)} for the categories",
+        )
     dtype = compute_dtype(x, weight)
-    prepared = []
-    for k, (category, n_cat) in enumerate(zip(categories, n_cats, strict=True)):
-        if category.dim() == 2 and category.shape[1] == n_cat and n_cat > 1:
-            check_shape(f"category {k}", category, (n_cells, n_cat), "one row a cell")
-            category = category.to(dtype)
-        else:
-            if category.is_floating_point() or category.dtype == torch.bool:
-                raise TypeError(
-                    f"category {k} has dtype {category.dtype} and shape {tuple(category.shape)}; "
-                    f"expected integer labels (cells, 1), or a ({n_cells}, {n_cat}) one-hot matrix"
-                )
-            if category.shape not in ((n_cells,), (n_cells, 1)):
-                raise ValueError(
-                    f"category {k} has shape {tuple(category.shape)}, expected ({n_cells}, 1) "
-                    f"integer labels or a ({n_cells}, {n_cat}) one-hot matrix"
-                )
-            category = category.reshape(n_cells).long()
-        check_together("x", x, **{f"category {k}": category})
-        prepared.append(category)
-    vectors = {"bias": bias}
+    prepared = [
+        _prepared_category(k, category, n_cat, n_cells, x, dtype)
+        for k, (category, n_cat) in enumerate(zip(categories, n_cats, strict=True))
+    ]
+
+    def vector(name: str, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if tensor.shape != (n_hidden,):
+            check_shape(name, tensor, (n_hidden,), "one number a hidden unit")
+        _check_kind(name, tensor, x)
+        # Contiguous, because torch's batch norm on the CPU ignores its weight's stride backwards.
+        return _as(tensor, dtype).contiguous()
+
+    _check_kind("weight", weight, x)
+    bias = vector("bias", bias)
+    bn_weight = bn_bias = bn_mean = bn_var = None
     if use_batch_norm:
-        vectors |= {
-            "batch_norm_weight": batch_norm_weight,
-            "batch_norm_bias": batch_norm_bias,
-            "running_mean": running_mean,
-            "running_var": running_var,
-        }
-    for name, vector in vectors.items():
-        if vector is not None:
-            check_shape(name, vector, (n_hidden,), "one number a hidden unit")
-    check_floating(**vectors)
-    check_together("x", x, weight=weight, **vectors)
-    batch_statistics = use_batch_norm and (training or running_mean is None or running_var is None)
+        bn_weight = vector("batch_norm_weight", batch_norm_weight)
+        bn_bias = vector("batch_norm_bias", batch_norm_bias)
+        bn_mean = vector("running_mean", running_mean)
+        bn_var = vector("running_var", running_var)
+    batch_statistics = use_batch_norm and (training or bn_mean is None or bn_var is None)
     if batch_statistics and n_cells == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size "
             f"{(n_cells, n_hidden)}: batch norm cannot be trained on a single cell "
             "(drop the last, smaller mini-batch, or call .eval())"
         )
-    samples = x.to(dtype) if x.dim() == 3 else x.to(dtype)[None]
     options = (
         use_batch_norm,
         batch_statistics,
@@ -451,61 +536,40 @@ def covariate_linear(
         activation,
         float(activation_parameter),
     )
-    weight = weight.to(dtype)
-    # Contiguous, because torch's batch norm on the CPU ignores the stride of its weight backwards.
-    bias, bn_weight, bn_bias, bn_mean, bn_var = (
-        None if t is None else t.to(dtype).contiguous()
-        for t in (bias, batch_norm_weight, batch_norm_bias, running_mean, running_var)
-    )
-    if torch.compiler.is_compiling():
-        out, _, mean, invstd = _op(
-            samples,
-            weight,
-            bias,
-            prepared,
-            list(n_cats),
-            bn_weight,
-            bn_bias,
-            bn_mean,
-            bn_var,
-            *options,
-            backend,
-        )
-    else:
-        out, mean, invstd = _CovariateLinear.apply(
+    x, weight = _as(x, dtype), _as(weight, dtype)
+    update = None
+    if training and batch_statistics and momentum != 0 and n_cells > 0:
+        if running_mean is not None and running_var is not None:
+            update = (running_mean, running_var, momentum)
+    if not torch.compiler.is_compiling():
+        return _CovariateLinear.apply(  # type: ignore[no-any-return]
             backend,
             options,
             list(n_cats),
-            bn_mean,
-            bn_var,
-            samples,
+            (bn_mean, bn_var),
+            update,
+            x,
             weight,
             bias,
             bn_weight,
             bn_bias,
             *prepared,
         )
-    if training and running_mean is not None and running_var is not None and use_batch_norm:
-        _update_running(
-            running_mean, running_var, mean, invstd, momentum, batch_norm_eps, n_cells
+    out, _, mean, invstd = _op(
+        x if x.dim() == 3 else x.unsqueeze(0),
+        weight,
+        bias,
+        prepared,
+        list(n_cats),
+        bn_weight,
+        bn_bias,
+        bn_mean,
+        bn_var,
+        *options,
+        backend,
+    )
+    if update is not None:
+        _op_update_running(
+            *update[:2], mean.detach(), invstd.detach(), momentum, batch_norm_eps, n_cells, backend
         )
-    return out if x.dim() == 3 else out[0]
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    momentum: float,
-    eps: float,
-    n_cells: int,
-) -> None:
-    """Move the running statistics once for each sample, as stock batch norm does slice by slice."""
-    if momentum == 0 or n_cells == 0:
-        return
-    unbiased = (invstd.pow(-2) - eps).clamp_(min=0) * (n_cells / (n_cells - 1))
-    for sample_mean, sample_var in zip(mean.unbind(), unbiased.unbind(), strict=True):
-        running_mean.mul_(1 - momentum).add_(sample_mean, alpha=momentum)
-        running_var.mul_(1 - momentum).add_(sample_var, alpha=momentum)
+    return out if x.dim() == 3 else out.squeeze(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..cpp import softmax_library as cpp
 from ..reference import softmax_library as reference
 from ._common import check_floating, check_together, compute_dtype, no_autocast, once_differentiable
 
@@ -15,8 +16,12 @@ __all__ = ["softmax_library"]
 
 SCALE_ACTIVATIONS = ("softmax", "softplus")
 
-_FORWARD = {"torch": reference.forward}
-_BACKWARD = {"torch": reference.backward}
+_FORWARD = {"cpp": cpp.forward, "torch": reference.forward}
+_BACKWARD = {"cpp": cpp.backward, "torch": reference.backward}
+
+
+def _chosen(tensor: Tensor, backend: str) -> str:
+    return choose("softmax_library", backend, device=tensor.device, dtype=tensor.dtype).backend
 
 
 def check_scale_activation(scale_activation: str) -> None:
@@ -30,7 +35,7 @@ def check_scale_activation(scale_activation: str) -> None:
 def _forward(
     logits: Tensor, library: Tensor, scale_activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    run = _FORWARD[choose("softmax_library", backend, device=logits.device).backend]
+    run = _FORWARD[_chosen(logits, backend)]
     with no_autocast(logits.device):
         return run(logits.contiguous(), library.contiguous(), scale_activation)
 
@@ -45,7 +50,7 @@ def _backward(
     logits_wanted: bool,
     library_wanted: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    run = _BACKWARD[choose("softmax_library", backend, device=scale.device).backend]
+    run = _BACKWARD[_chosen(scale, backend)]
     with no_autocast(scale.device):
         return run(
             grad_scale, grad_rate, scale, library, scale_activation, logits_wanted, library_wanted
