@@ -15,7 +15,9 @@ const Kernels& choose() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512cd")) {
         fastest_first[1] = kernels_avx512;
+#if DECODER_FAST_COMPILES_BF16
         if (__builtin_cpu_supports("avx512bf16")) fastest_first[0] = kernels_avx512_bf16;
+#endif
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {

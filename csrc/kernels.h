@@ -6,6 +6,14 @@
 #include "covariate_linear.h"
 #include "softmax_library.h"
 
+// GCC knows AVX-512's BF16 instructions from version 10 on, clang from version 9.
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || \
+                            (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
+#define DECODER_FAST_COMPILES_BF16 1
+#else
+#define DECODER_FAST_COMPILES_BF16 0
+#endif
+
 namespace decoder_fast {
 
 struct Kernels {

@@ -121,7 +121,7 @@ def count_tensor(x, layout, dtype):
     model=st.sampled_from(MODELS),
     scale_activation=st.sampled_from(ACTIVATIONS),
     samples=st.sampled_from([None, 1, 2, 3]),
-    # Blocks have 256 rows at most, and tiles 96 genes; 16 and 6 are the kernel's own steps.
+    # Blocks have 256 rows at most, and chunks 96 to 192 genes; 16 and 6 are the kernel's own steps.
     n=st.one_of(st.integers(1, 40), st.integers(1, 400), st.sampled_from([16, 255, 256, 257])),
     genes=st.one_of(
         st.integers(1, 40), st.integers(1, 700), st.sampled_from([95, 96, 97, 192, 193, 576])
@@ -152,12 +152,16 @@ def test_fuzz(model, scale_activation, layout, dtype, upstream, wanted, **shape)
 
 @every_activation
 @every_model
-@pytest.mark.parametrize("samples", [None, 3], ids=["2-D", "3-D"])
-def test_many_blocks_and_chunks(likelihood, dispersion, scale_activation, samples, stock):
-    """Several blocks of cells and tiles a chunk, each with a remainder; no worse than stock."""
-    n = 300 if samples is None else 101
+@pytest.mark.parametrize(
+    ("samples", "n", "genes"),
+    # Chunks are 1/32 of the genes, and have a second tile from 6145 genes on; of 6200, the last
+    # chunk has none.
+    [(None, 300, 1703), (3, 101, 700), (None, 20, 6500), (2, 9, 6200)],
+)
+def test_many_blocks_and_chunks(likelihood, dispersion, scale_activation, samples, n, genes, stock):
+    """Several blocks, chunks and tiles, each with a remainder; no worse than stock."""
     problem = make(
-        likelihood, dispersion, scale_activation, samples=samples, n=n, genes=3300, hidden=35
+        likelihood, dispersion, scale_activation, samples=samples, n=n, genes=genes, hidden=35
     )
     problem.x *= torch.rand(problem.x.shape, generator=torch.Generator().manual_seed(1)) < 0.2
     theirs = problem.evaluate(stock_nll(stock), torch.float32)
@@ -464,13 +468,17 @@ def test_cells_without_counts_or_library(likelihood, dispersion, scale_activatio
 
 @every_activation
 @every_model
-@pytest.mark.parametrize("csr", [False, True])
-def test_same_bits_for_any_number_of_threads(likelihood, dispersion, scale_activation, csr):
+@pytest.mark.parametrize(
+    ("n", "genes", "csr"), [(300, 700, False), (300, 700, True), (9, 6200, True)]
+)
+def test_same_bits_for_any_number_of_threads(
+    likelihood, dispersion, scale_activation, n, genes, csr
+):
     """And at every repetition, whatever an earlier call has left in the workspace."""
-    problem = make(likelihood, dispersion, scale_activation, n=300, genes=700, hidden=20)
+    problem = make(likelihood, dispersion, scale_activation, n=n, genes=genes, hidden=20)
     x = problem.x.to_sparse_csr() if csr else problem.x
     expected = run(problem, x=x)
-    other = make("zinb", "head", n=300, genes=710, hidden=21)
+    other = make("zinb", "head", n=n + 3, genes=genes + 10, hidden=21)
     other.tensors["hidden"].fill_(torch.nan)
     run(other)
     for threads in (1, 2, 3, 5, 8, 1):
@@ -483,6 +491,9 @@ PARALLEL = r"""
 #include <cstdio>
 #include <vector>
 #include "parallel.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 int main() {
     for (int threads : {1, 2, 3, 8, 300}) {
         for (int items : {0, 1, 2, 3, 7, 64, 257, 1000}) {
@@ -491,6 +502,9 @@ int main() {
             auto body = [&](std::int64_t item, int worker) {
                 ++done[item];
                 if (worker < 0 || worker >= threads) bad_worker = true;
+#if defined(_OPENMP)
+                if (items > 1 && threads > 1 && !omp_in_parallel()) bad_worker = true;
+#endif
             };
             decoder_fast::parallel_for(items, threads, body);
             for (const auto& n : done) {
@@ -505,10 +519,10 @@ int main() {
 """
 
 
-def compile_and_run(folder, source, *more):
+def compile_and_run(folder, source, *more, **variables):
     """Compile a program against the headers in csrc; return what it prints."""
     (folder / "program.cpp").write_text(source)
-    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} | variables
     flags = ["-std=c++17", "-O2", "-pthread", f"-I{CSRC}"]
     for command in (["g++", *flags, "-o", "program", "program.cpp", *more], ["./program"]):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -517,11 +531,12 @@ def compile_and_run(folder, source, *more):
 
 
 @needs_compiler
-@pytest.mark.parametrize("openmp", [False, True], ids=["own threads", "OpenMP"])
-def test_every_item_is_worked_on_once(openmp, tmp_path):
-    """On threads of an OpenMP runtime where the process has one, else on its own."""
-    library = ["-fopenmp"] if openmp else []
-    compile_and_run(tmp_path, PARALLEL, str(CSRC / "parallel.cpp"), *library, "-ldl")
+@pytest.mark.parametrize("threads", ["its own", "OpenMP's", "fewer of OpenMP's than asked for"])
+def test_every_item_is_worked_on_once(threads, tmp_path):
+    """On threads of an OpenMP runtime where the process has one, else on threads of its own."""
+    library = [] if threads == "its own" else ["-fopenmp"]
+    limit = {"OMP_THREAD_LIMIT": "2"} if threads.startswith("fewer") else {}
+    compile_and_run(tmp_path, PARALLEL, str(CSRC / "parallel.cpp"), *library, "-ldl", **limit)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -579,12 +594,12 @@ def test_bfloat16_products(likelihood, dispersion, scale_activation, samples, n,
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Every call of the kernel: whether it had an upstream gradient, and what it was to compute."""
+    """Every call of the kernel: whether each cell had its own weight, and which gradients."""
     made = []
     kernel = cpp._run
 
     def spy(inputs, upstream, values, gradients):
-        made.append((upstream is not None, sorted(gradients)))
+        made.append((isinstance(upstream, torch.Tensor), sorted(gradients)))
         kernel(inputs, upstream, values, gradients)
 
     monkeypatch.setattr(cpp, "_run", spy)
@@ -598,12 +613,13 @@ def leaves_of(problem, *names):
     }
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean", "sum of 3", "expanded", "full"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "sum of 3", "expanded", "full", "zero"])
 def test_constant_upstream_gradient_takes_what_forward_computed(reduction, calls):
     problem = make(n=20, genes=50)
     leaves = leaves_of(problem)
     nll = count_nll(problem.x, **leaves, **problem.options, backend="cpp")
-    factor = {"sum": 1.0, "mean": 1 / 20, "sum of 3": 3.0, "expanded": -2.0, "full": 0.5}[reduction]
+    factors = {"sum": 1.0, "mean": 1 / 20, "sum of 3": 3.0, "expanded": -2.0, "full": 0.5}
+    factor = factors.get(reduction, 0.0)
     if reduction in ("sum", "mean"):
         getattr(nll, reduction)().backward()
     elif reduction == "sum of 3":
@@ -617,6 +633,17 @@ def test_constant_upstream_gradient_takes_what_forward_computed(reduction, calls
     problem.upstream = torch.full((20,), factor)
     truth = problem.truth()
     assert_right((nll.detach(), {name: t.grad for name, t in leaves.items()}), truth)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf])
+def test_upstream_gradient_that_is_no_number(upstream, reduction):
+    """A loss that has diverged must not look as if it had gradients."""
+    problem = make(n=20, genes=50)
+    leaves = leaves_of(problem)
+    nll = count_nll(problem.x, **leaves, **problem.options, backend="cpp")
+    (getattr(nll, reduction)() * upstream).backward()
+    assert not any(t.grad.isfinite().all() for t in leaves.values())
 
 
 def test_varying_upstream_gradient_recomputes(calls):
@@ -893,18 +920,31 @@ def test_nothing_outside_a_buffer_is_read():
 
 @pytest.mark.parametrize(
     "broken",
-    ["column", "negative column", "long row", "descending", "start", "few values", "few rows"],
+    [
+        "column",
+        "negative column",
+        "negative first column",
+        "long row",
+        "short",
+        "descending",
+        "start",
+        "few values",
+        "few rows",
+    ],
 )
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_csr_that_lies_about_its_shape(broken, index):
-    crow, col, n_values = [0, 2, 2, 3, 5], [0, 5, 2, 1, 3], 5
-    if broken.endswith("column"):
+    crow, col, n_values = [0, 2, 2, 3, 5], [0, 2, 5, 1, 3], 5  # else each row ascends
+    if broken == "negative first column":
+        col[0] = -1
+    elif broken.endswith("column"):
         col[1] = -1 if broken == "negative column" else 6
     elif broken == "few values":
         n_values = 4
     else:
         crow = {
             "long row": [0, 2, 2, 3, 900],
+            "short": [0, 2, 2, 3, 4],
             "descending": [0, 3, 2, 3, 5],
             "start": [1, 2, 2, 3, 5],
             "few rows": [0, 2, 5],

@@ -118,7 +118,7 @@ def _backward(
 
 
 def _constant(grad: Tensor) -> float | None:
-    """The one number that ``grad`` holds everywhere, or None."""
+    """Return the one number that ``grad`` holds everywhere, or None."""
     if grad.numel() == 0:
         return None
     first = float(grad.flatten()[0])
