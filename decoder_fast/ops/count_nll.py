@@ -160,7 +160,8 @@ class _CountNLL(torch.autograd.Function):
         # Handed out once: another backward pass must not meet gradients that others changed.
         grads, ctx.gradients = ctx.gradients, None
         if grads is not None and (constant := _constant(grad)) is not None:
-            if abs(constant - ctx.upstream) > 1e-7 * ctx.upstream:  # else it is a mean, rounded
+            # Within a rounding of 1 / N it is a mean's; NaN is within nothing.
+            if not abs(constant - ctx.upstream) <= 1e-7 * ctx.upstream:
                 for gradient in grads.values():
                     gradient.mul_(constant / ctx.upstream)
         else:
