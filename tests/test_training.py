@@ -71,10 +71,10 @@ def distance(a, b):
     return (a - b).norm().item()
 
 
-# What float32 noise amounts to is measured, not assumed: stock is trained once more, with its initial
-# parameters moved by one rounding, or with its genes, and so its sums, in another order. Fused may be
-# as far from stock as four times that. (With another order of genes, stock can end up 0.14 of the
-# latent space's spread away from itself, or 4e-7: training amplifies rounding, now and then.)
+# What float32 noise amounts to is measured, not assumed: stock is trained once more, with its
+# initial parameters moved by one rounding, or with its genes, and so its sums, in another order.
+# Fused may be as far from stock as four times that. (With another order of genes, stock can end up
+# 0.14 of the latent space's spread away from itself, or 4e-7: training amplifies rounding.)
 
 
 @pytest.mark.filterwarnings("ignore")
