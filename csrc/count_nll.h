@@ -20,7 +20,7 @@ enum NumberType : std::int32_t {
 };
 enum Status : std::int32_t { ok = 0, bad_count = 1, out_of_memory = 2 };
 
-// decoder_fast/ops/count_nll_cpp.py declares the same, field by field. Matrices are contiguous, row
+// decoder_fast/cpp/count_nll.py declares the same, field by field. Matrices are contiguous, row
 // by row. Pointers to outputs that are not wanted, and to inputs that do not exist, are null.
 struct CountNll {
     std::int64_t n_rows;   // Monte-Carlo samples x cells; row i has the counts of cell i % n_cells

@@ -46,35 +46,23 @@ _GRADIENTS = (
 class _CountNLL(ctypes.Structure):
     """``decoder_fast::CountNll`` of ``csrc/count_nll.h``, field by field."""
 
-    _fields_ = (
-        [(name, c_int64) for name in ("n_rows", "n_cells", "n_genes", "n_hidden", "n_px_r")]
-        + [
-            (name, c_int32)
-            for name in ("likelihood", "activation", "n_threads", "fast_products")
-        ]
-        + [
-            (name, c_void_p)
-            for name in (
-                "hidden",
-                "library",
-                "scale_weight",
-                "scale_bias",
-                "dropout_weight",
-                "dropout_bias",
-                "r_weight",
-                "r_bias",
-                "px_r",
-                "px_r_index",
-                "dense",
-            )
-        ]
-        + [("dense_stride", c_int64)]
-        + [(name, c_void_p) for name in ("crow", "column", "values")]
-        + [("counts_type", c_int32), ("index_type", c_int32)]
-        + [("upstream", c_void_p), ("upstream_of_all", c_double)]
-        + [(name, c_void_p) for name in ("nll", "log_sum_exp", "d_log_mu")]
-        + [(f"d_{name}", c_void_p) for name in _GRADIENTS]
-        + [("found", c_double)]
+    _fields_ = tuple(
+        (name, kind)
+        for kind, names in (
+            (c_int64, "n_rows n_cells n_genes n_hidden n_px_r"),
+            (c_int32, "likelihood activation n_threads fast_products"),
+            (c_void_p, "hidden library scale_weight scale_bias dropout_weight dropout_bias"),
+            (c_void_p, "r_weight r_bias px_r px_r_index dense"),
+            (c_int64, "dense_stride"),
+            (c_void_p, "crow column values"),
+            (c_int32, "counts_type index_type"),
+            (c_void_p, "upstream"),
+            (c_double, "upstream_of_all"),
+            (c_void_p, "nll log_sum_exp d_log_mu"),
+            (c_void_p, " ".join(f"d_{name}" for name in _GRADIENTS)),
+            (c_double, "found"),
+        )
+        for name in names.split()
     )
 
 
