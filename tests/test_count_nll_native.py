@@ -170,6 +170,12 @@ def test_many_blocks_and_chunks(likelihood, dispersion, scale_activation, sample
     assert_right(run(problem, x=problem.x.to_sparse_csr()), truth, theirs)
 
 
+def test_more_genes_than_a_block_of_256_cells_has_memory_for(stock):
+    problem = make("poisson", None, n=70, genes=70_000, hidden=2)
+    theirs = problem.evaluate(stock_nll(stock), torch.float32)
+    assert_right(run(problem), problem.truth(), theirs)
+
+
 @every_activation
 @every_model
 def test_no_zero_among_the_counts(likelihood, dispersion, scale_activation):
