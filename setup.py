@@ -1,6 +1,8 @@
 """What pyproject.toml cannot say: the native library and where two of the packages come from."""
 
+import os
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -24,6 +26,14 @@ class BuildLibrary(build_ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         ext.extra_compile_args = BUILD["COMPILE_FLAGS"][kind]
         ext.extra_link_args = BUILD["LINK_FLAGS"][kind]
+        compile_in_turn = self.compiler.compile
+
+        def compile_side_by_side(sources, **options):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                compiled = pool.map(lambda source: compile_in_turn([source], **options), sources)
+                return [name for names in compiled for name in names]
+
+        self.compiler.compile = compile_side_by_side
         super().build_extension(ext)
 
 

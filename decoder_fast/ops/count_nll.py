@@ -156,7 +156,6 @@ class _CountNLL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         backend, options, wanted = ctx.static
-        lse, usum, *tensors = ctx.saved_tensors
         # Handed out once: another backward pass must not meet gradients that others changed.
         grads, ctx.gradients = ctx.gradients, None
         if grads is not None and (constant := _constant(grad)) is not None:
@@ -166,6 +165,7 @@ class _CountNLL(torch.autograd.Function):
                     gradient.mul_(constant / ctx.upstream)
         else:
             grads = None  # their memory is needed
+            lse, usum, *tensors = ctx.saved_tensors
             grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
         return None, *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7
 
@@ -398,6 +398,14 @@ def count_nll(
         number, or an option is unknown or missing.
     TypeError
         If an input has a dtype or layout that does not fit.
+
+    Notes
+    -----
+    On CPUs, gradients are computed along with the likelihood, for an upstream gradient that is the
+    same for all cells (a mean's or a sum's); another one costs a second pass. Under
+    ``torch.set_float32_matmul_precision("medium")``, processors with AVX-512 BF16 multiply in
+    bfloat16 and accumulate in float32: about 5e-5 relative error in the likelihood and 4e-3 in the
+    gradients, instead of 1e-7 and 5e-7.
     """
     check_likelihood(likelihood)
     check_scale_activation(scale_activation)
