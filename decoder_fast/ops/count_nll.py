@@ -121,17 +121,19 @@ def _constant(grad: Tensor) -> float | None:
     """Return the one number that ``grad`` holds everywhere, or None."""
     if grad.numel() == 0:
         return None
-    first = float(grad.flatten()[0])
-    expanded = all(
-        stride == 0 or size == 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)
-    )
-    return first if expanded or bool((grad == first).all()) else None
+    if not any(grad.stride()):  # one number, expanded
+        return grad[(0,) * grad.dim()].item()
+    first = grad.flatten()[0].item()
+    return first if bool((grad == first).all()) else None
 
 
 class _CountNLL(torch.autograd.Function):
+    """``hidden`` may be (N, H) here, and the result is (N,) then: a view fewer for autograd."""
+
     @staticmethod
-    def forward(ctx: Any, backend: str, *args: Any) -> Tensor:
-        inputs = _inputs(*args)
+    def forward(ctx: Any, backend: str, hidden: Tensor, *args: Any) -> Tensor:
+        three_d = hidden.dim() == 3
+        inputs = _inputs(hidden if three_d else hidden[None], *args)
         wanted = frozenset(
             name
             for name, need in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:10], strict=True)
@@ -148,14 +150,14 @@ class _CountNLL(torch.autograd.Function):
             )
         else:
             nll, lse, usum = _forward(inputs, backend)
-        ctx.save_for_backward(lse, usum, *args[:14])
-        ctx.static = (backend, args[14:], wanted)
-        return nll
+        ctx.save_for_backward(lse, usum, hidden, *args[:13])
+        ctx.static = (backend, args[13:], wanted, three_d)
+        return nll if three_d else nll.squeeze_(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        backend, options, wanted = ctx.static
+        backend, options, wanted, three_d = ctx.static
         # Handed out once: another backward pass must not meet gradients that others changed.
         grads, ctx.gradients = ctx.gradients, None
         if grads is not None and (constant := _constant(grad)) is not None:
@@ -165,8 +167,13 @@ class _CountNLL(torch.autograd.Function):
                     gradient.mul_(constant / ctx.upstream)
         else:
             grads = None  # their memory is needed
-            lse, usum, *tensors = ctx.saved_tensors
-            grads = _backward(_inputs(*tensors, *options), grad, lse, usum, wanted, backend)
+            lse, usum, hidden, *tensors = ctx.saved_tensors
+            if not three_d:
+                hidden, grad = hidden[None], grad[None]
+            inputs = _inputs(hidden, *tensors, *options)
+            grads = _backward(inputs, grad, lse, usum, wanted, backend)
+        if not three_d and "hidden" in grads:
+            grads["hidden"] = grads["hidden"].squeeze_(0)
         return None, *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7
 
 
@@ -466,11 +473,10 @@ def count_nll(
     counts = _prepare_counts(x, n_cells, n_genes, hidden, native=backend == "cpp")
 
     three_d = hidden.dim() == 3
-    samples = hidden if three_d else hidden[None]
     try:
         if library.shape[-1:] != (1,):
             raise RuntimeError
-        library = library[..., 0].expand(samples.shape[:2])
+        library = library[..., 0].expand(hidden.shape[:2] if three_d else (1, n_cells))
     except RuntimeError:
         raise ValueError(
             f"library has shape {tuple(library.shape)}, expected "
@@ -478,7 +484,7 @@ def count_nll(
             "cell"
         ) from None
     floats = (
-        samples,
+        hidden[None] if compiling and not three_d else hidden,
         library,
         scale_weight,
         scale_bias,
@@ -489,7 +495,7 @@ def count_nll(
         px_r,
     )
     args = (
-        *(None if t is None else t.to(dtype) for t in floats),
+        *(t if t is None or t.dtype == dtype else t.to(dtype) for t in floats),
         px_r_index,
         *counts,
         likelihood,
@@ -497,8 +503,10 @@ def count_nll(
     )
     if compiling:
         nll = _op(*args, backend)[0]
-    elif torch.is_grad_enabled():
-        nll = _CountNLL.apply(backend, *args)
-    else:  # autograd would have gradients computed along the way for parameters that want them
-        nll = _forward(_inputs(*args), backend)[0]
-    return nll if three_d else nll.squeeze(0)
+        return nll if three_d else nll.squeeze(0)
+    if torch.is_grad_enabled():
+        return _CountNLL.apply(backend, *args)
+    # autograd would have gradients computed along the way for parameters that want them
+    hidden, *others = args
+    nll = _forward(_inputs(hidden if three_d else hidden[None], *others), backend)[0]
+    return nll if three_d else nll.squeeze_(0)
