@@ -1,62 +1,63 @@
-// Vectors of 8 floats in plain C++, for any processor; see simd_avx512.h. Compilers turn the loops
-// into what the target's baseline has (SSE2, NEON).
+// Vectors of 4 floats in GCC's and clang's vector types, for any processor (SSE2, NEON, ...); see
+// simd_avx512.h.
 
-struct V {
-    float at[8];
-};
-struct Mask {
-    bool at[8];
-};
-constexpr int lanes = 8;
-constexpr int block_rows = 4;
-constexpr int block_vectors = 1;
+typedef float V __attribute__((vector_size(16)));
+typedef std::int32_t Mask __attribute__((vector_size(16)));  // all bits of a lane, or none
+constexpr int lanes = 4;
+constexpr int block_rows = 6;
+constexpr int block_vectors = 2;
 
-#define DECODER_FAST_LANES for (int i = 0; i < lanes; ++i)
-inline V load(const float* p) { V r; DECODER_FAST_LANES r.at[i] = p[i]; return r; }
-inline void store(float* p, V v) { DECODER_FAST_LANES p[i] = v.at[i]; }
-inline V set1(float x) { V r; DECODER_FAST_LANES r.at[i] = x; return r; }
-inline V zero() { return set1(0.0f); }
-inline V add(V a, V b) { DECODER_FAST_LANES a.at[i] += b.at[i]; return a; }
-inline V sub(V a, V b) { DECODER_FAST_LANES a.at[i] -= b.at[i]; return a; }
-inline V mul(V a, V b) { DECODER_FAST_LANES a.at[i] *= b.at[i]; return a; }
-inline V div(V a, V b) { DECODER_FAST_LANES a.at[i] /= b.at[i]; return a; }
-inline V fma(V a, V b, V c) { DECODER_FAST_LANES c.at[i] += a.at[i] * b.at[i]; return c; }
-inline V fnma(V a, V b, V c) { DECODER_FAST_LANES c.at[i] -= a.at[i] * b.at[i]; return c; }
-inline V min(V a, V b) { DECODER_FAST_LANES b.at[i] = a.at[i] < b.at[i] ? a.at[i] : b.at[i]; return b; }
-inline V max(V a, V b) { DECODER_FAST_LANES b.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i]; return b; }
-inline V abs(V a) { DECODER_FAST_LANES a.at[i] = std::fabs(a.at[i]); return a; }
-inline V neg(V a) { DECODER_FAST_LANES a.at[i] = -a.at[i]; return a; }
-inline V round(V a) { DECODER_FAST_LANES a.at[i] = std::nearbyint(a.at[i]); return a; }
-inline Mask less(V a, V b) { Mask r; DECODER_FAST_LANES r.at[i] = a.at[i] < b.at[i]; return r; }
-inline Mask equal(V a, V b) { Mask r; DECODER_FAST_LANES r.at[i] = a.at[i] == b.at[i]; return r; }
-inline bool any(Mask m) { bool r = false; DECODER_FAST_LANES r |= m.at[i]; return r; }
-inline V select(Mask m, V yes, V no) { DECODER_FAST_LANES no.at[i] = m.at[i] ? yes.at[i] : no.at[i]; return no; }
-inline float sum(V a) { float r = 0.0f; DECODER_FAST_LANES r += a.at[i]; return r; }
-inline V reciprocal(V a) { DECODER_FAST_LANES a.at[i] = 1.0f / a.at[i]; return a; }
-
-inline float power_of_two(std::int32_t n) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(n + 127) << 23;
-    float r;
-    std::memcpy(&r, &bits, sizeof r);
-    return r;
+inline V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
 }
+inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline V set1(float x) { return V{x, x, x, x}; }
+inline V zero() { return V{0.0f, 0.0f, 0.0f, 0.0f}; }
+inline Mask bits_of_vector(V v) { return reinterpret_cast<Mask>(v); }
+inline V vector_of_bits(Mask m) { return reinterpret_cast<V>(m); }
+inline V add(V a, V b) { return a + b; }
+inline V sub(V a, V b) { return a - b; }
+inline V mul(V a, V b) { return a * b; }
+inline V div(V a, V b) { return a / b; }
+inline V fma(V a, V b, V c) { return a * b + c; }
+inline V fnma(V a, V b, V c) { return c - a * b; }
+inline Mask less(V a, V b) { return a < b; }
+inline Mask equal(V a, V b) { return a == b; }
+inline bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+inline V select(Mask m, V yes, V no) {
+    return vector_of_bits((m & bits_of_vector(yes)) | (~m & bits_of_vector(no)));
+}
+inline V min(V a, V b) { return select(a < b, a, b); }
+inline V max(V a, V b) { return select(a > b, a, b); }
+inline V abs(V a) {
+    return vector_of_bits(bits_of_vector(a) & Mask{0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff});
+}
+inline V neg(V a) { return zero() - a; }
+inline float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+inline V reciprocal(V a) { return set1(1.0f) / a; }
+
+// To the nearest whole number, ties to even, for |a| < 2^22: what is beyond is none of exp's.
+inline V round(V a) {
+    const V shift = set1(12582912.0f);  // 1.5 * 2^23
+    return (a + shift) - shift;
+}
+
 inline V scale_by_power(V a, V n) {
-    DECODER_FAST_LANES {
-        // NaN has no whole part: a holds it already.
-        const std::int32_t whole = n.at[i] == n.at[i] ? static_cast<std::int32_t>(n.at[i]) : 0;
-        const std::int32_t half = whole >> 1;
-        a.at[i] = a.at[i] * power_of_two(half) * power_of_two(whole - half);
-    }
-    return a;
+    // In two halves, because 2^n alone can be out of range where a 2^n is not. NaN has no whole
+    // part: a holds it already.
+    const V known = select(n == n, n, zero());
+    const Mask whole = bits_of_vector(known + set1(12582912.0f)) - 0x4b400000;
+    const Mask half = whole >> 1;
+    return (a * vector_of_bits((half + 127) << 23)) * vector_of_bits((whole - half + 127) << 23);
 }
+
 inline void split(V t, V& m, V& e) {
-    DECODER_FAST_LANES {
-        std::int32_t bits;
-        std::memcpy(&bits, &t.at[i], sizeof bits);
-        const std::int32_t power = (bits - 0x3f400000) >> 23;
-        bits -= power * (1 << 23);
-        std::memcpy(&m.at[i], &bits, sizeof bits);
-        e.at[i] = static_cast<float>(power) + (t.at[i] - t.at[i]);
-    }
+    const Mask bits = bits_of_vector(t);
+    const Mask power = (bits - 0x3f400000) >> 23;
+    m = vector_of_bits(bits - power * (1 << 23));
+    const V whole = {static_cast<float>(power[0]), static_cast<float>(power[1]),
+                     static_cast<float>(power[2]), static_cast<float>(power[3])};
+    e = whole + (t - t);  // infinity and NaN must not be lost
 }
-#undef DECODER_FAST_LANES
