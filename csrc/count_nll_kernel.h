@@ -17,14 +17,6 @@ constexpr std::int64_t most_tile = 192;     // genes of a tile: e and the produc
 constexpr std::int64_t most_chunks = 32;
 constexpr std::int64_t most_workspace = 1 << 26;  // bytes of e and d, if 64 cells fit at all
 
-inline std::int64_t round_up(std::int64_t n, std::int64_t unit) {
-    return (n + unit - 1) / unit * unit;
-}
-template <class T>
-inline T least(T a, T b) {
-    return a < b ? a : b;
-}
-
 // The counts of a tile that are not zero, and what there is at their places before it is replaced.
 struct Nonzeros {
     std::int64_t n;
@@ -100,17 +92,7 @@ struct Call {
 };
 
 // ---------------------------------------------------------------------------------------------
-// Memory: one buffer, carved twice, first to learn its size.
-
-struct Carver {
-    char* base;
-    std::size_t used;
-    template <class T>
-    void take(T*& pointer, std::int64_t n) {
-        pointer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-        used += static_cast<std::size_t>(round_up(n * static_cast<std::int64_t>(sizeof(T)), 64));
-    }
-};
+// Sizes, and memory
 
 inline void plan(Call& c) {
     const CountNll& in = c.in;

@@ -3,10 +3,10 @@
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,lzcnt,popcnt"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,lzcnt,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2")
 #endif
 
 #define DECODER_FAST_INSTRUCTION_SET avx512
@@ -19,20 +19,6 @@
 #else
 #pragma GCC pop_options
 #endif
-
-namespace decoder_fast {
-namespace {
-const Kernels table = {
-    "avx512",
-    &avx512::count_nll,
-    &avx512::softmax_library,
-    &avx512::softmax_library_backward,
-    &avx512::covariate_linear,
-    &avx512::covariate_linear_backward,
-};
-}
-const Kernels* const kernels_avx512 = &table;
-}  // namespace decoder_fast
 
 #else
 

@@ -13,6 +13,8 @@ namespace {
 
 #include "vector_math.h"
 
+#include "carver.h"
+
 #include "gemm.h"
 
 #if DECODER_FAST_BF16
@@ -30,3 +32,19 @@ namespace {
 }  // namespace
 }  // namespace DECODER_FAST_INSTRUCTION_SET
 }  // namespace decoder_fast
+
+// In two steps, so that the macro's value is used and not its name.
+#define DECODER_FAST_TABLE_OF(name)                                              \
+    namespace decoder_fast {                                                     \
+    namespace {                                                                  \
+    const Kernels table = {#name,                                                \
+                           &name::count_nll,                                     \
+                           &name::softmax_library,                               \
+                           &name::softmax_library_backward,                      \
+                           &name::covariate_linear,                              \
+                           &name::covariate_linear_backward};                    \
+    }                                                                            \
+    const Kernels* const kernels_##name = &table;                                \
+    }
+#define DECODER_FAST_TABLE(name) DECODER_FAST_TABLE_OF(name)
+DECODER_FAST_TABLE(DECODER_FAST_INSTRUCTION_SET)
