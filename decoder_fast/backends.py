@@ -9,18 +9,22 @@ can be read by people (:func:`decoder_fast.DecoderSCVI.explain`, ``decoder-fast 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import os
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "OPERATIONS", "Choice", "availability", "choose"]
+__all__ = ["BACKENDS", "OPERATIONS", "Choice", "availability", "choose", "implementation"]
 
 #: The operations, by the one name that each has in every part of the project.
 OPERATIONS = ("covariate_linear", "softmax_library", "count_nll")
 
-#: The backends, fastest first.
-BACKENDS = ("triton", "cpp", "torch")
+#: The backends, fastest first, and the package that holds one module an operation for each.
+_PACKAGES = {"triton": "triton_kernels", "cpp": "cpp", "torch": "reference"}
+BACKENDS = tuple(_PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ def _missing_triton() -> str | None:
     return None
 
 
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU: to debug and test, slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
 def _missing_native() -> str | None:
     """Why the native CPU library cannot be used, or None."""
     from . import native
@@ -76,19 +85,39 @@ def availability() -> dict[str, str | None]:
 
 
 def _triton_reason(
-    operation: str, device: torch.device, dtype: torch.dtype, likelihood: str | None
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    likelihood: str | None,
+    interpreted: bool,
 ) -> str | None:
-    if device.type != "cuda":
-        return f"its kernels run on CUDA devices, and the tensors are on '{device}'"
-    if (missing := _missing_triton()) is not None:
-        return missing
+    if not (interpreted and device.type == "cpu"):
+        if device.type != "cuda":
+            return f"its kernels run on CUDA devices, and the tensors are on '{device}'"
+        if (missing := _missing_triton()) is not None:
+            return missing
     from .triton_kernels import OPERATIONS as kernels
 
-    return None if operation in kernels else f"this version has no Triton kernel for {operation}"
+    if operation not in kernels:
+        return f"this version has no Triton kernel for {operation}"
+    return _no_kernel(dtype, likelihood)
+
+
+def _no_kernel(dtype: torch.dtype, likelihood: str | None) -> str | None:
+    """What no kernel, for whatever device, computes; or None."""
+    if dtype != torch.float32:
+        return f"its kernels compute in float32, and the tensors are {dtype}"
+    if likelihood == "normal":
+        return "its kernels are for counts, and likelihood='normal' is not"
+    return None
 
 
 def _cpp_reason(
-    operation: str, device: torch.device, dtype: torch.dtype, likelihood: str | None
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    likelihood: str | None,
+    interpreted: bool,
 ) -> str | None:
     if device.type != "cpu":
         return f"its kernels run on the CPU, and the tensors are on '{device}'"
@@ -98,11 +127,7 @@ def _cpp_reason(
 
     if operation not in native.operations():
         return f"this version has no native CPU kernel for {operation}"
-    if dtype != torch.float32:
-        return f"its kernels compute in float32, and the tensors are {dtype}"
-    if likelihood == "normal":
-        return "its kernels are for counts, and likelihood='normal' is not"
-    return None
+    return _no_kernel(dtype, likelihood)
 
 
 _REASONS = {"triton": _triton_reason, "cpp": _cpp_reason}
@@ -115,6 +140,7 @@ def _choose(
     device: torch.device,
     dtype: torch.dtype,
     likelihood: str | None,
+    interpreted: bool,
 ) -> Choice:
     if operation not in OPERATIONS:
         raise ValueError(f"unknown operation {operation!r}; expected one of {OPERATIONS}")
@@ -129,7 +155,7 @@ def _choose(
             continue
         reason = None
         if backend in _REASONS:
-            reason = _REASONS[backend](operation, device, dtype, likelihood)
+            reason = _REASONS[backend](operation, device, dtype, likelihood, interpreted)
         if reason is None:
             return Choice(operation, backend, reasons)
         reasons[backend] = reason
@@ -174,4 +200,20 @@ def choose(
     RuntimeError
         If the requested backend cannot run here; the message says why.
     """
-    return _choose(operation, requested, device, dtype, likelihood)
+    interpreted = requested == "triton" and _interpreted()
+    return _choose(operation, requested, device, dtype, likelihood, interpreted)
+
+
+@functools.cache
+def implementation(operation: str, backend: str) -> ModuleType:
+    """Return the module with the ``forward`` and ``backward`` of one operation on one backend.
+
+    Parameters
+    ----------
+    operation
+        One of :data:`OPERATIONS`.
+    backend
+        One of :data:`BACKENDS`, as :func:`choose` returned it. Triton is imported here, on first
+        use.
+    """
+    return importlib.import_module(f".{_PACKAGES[backend]}.{operation}", __package__)

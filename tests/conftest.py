@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
-
-import hypothesis
-import pytest
 
 # Threads that wait must sleep: spinning, they cost seconds a test where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# NumPy's own threads make Triton's interpreter several times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
+import pytest
 import torch
 
 from decoder_fast.backends import BACKENDS, OPERATIONS, choose
@@ -28,11 +30,19 @@ with warnings.catch_warnings():
     torch.zeros(1, 1).to_sparse_csr()
 
 
+# Read by Triton when it first meets a kernel: a process interprets them or compiles them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 def _split(operation: str) -> tuple[list[str], list[str]]:
-    """Backends that can run an operation on this machine's CPU, and those that cannot."""
+    """Backends that can run an operation on this machine's CPU, and those that cannot.
+
+    Triton cannot: its kernels, interpreted or on a GPU, are tested in files of their own.
+    """
     can: list[str] = []
-    cannot: list[str] = []
-    for name in BACKENDS:
+    cannot: list[str] = ["triton"]
+    for name in BACKENDS[1:]:
         try:
             choose(operation, name, device=torch.device("cpu"))
         except RuntimeError:
@@ -92,6 +102,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = offered
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def _not_interpreted(request, monkeypatch):
+    """Let a missing Triton be missing."""
+    if "missing_backend" in request.fixturenames:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton's kernels are tested: on a GPU, else in Triton's interpreter on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install 'triton>=3.6,<3.10' (Linux)")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill new floating-point tensors with NaN, so that an element nobody wrote is seen."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, implementation
 from ..cpp import count_nll as cpp
-from ..reference import count_nll as reference
 from ..reference.count_nll import Inputs
-from ..reference.counts import Counts, canonical_csr
+from ..reference.counts import Counts, canonical_csr, csr_parts
 from ..reference.log_prob import LIKELIHOODS
 from ._common import (
     check_floating,
@@ -25,9 +24,6 @@ from ._common import (
 from .softmax_library import check_scale_activation
 
 __all__ = ["count_nll"]
-
-_FORWARD = {"cpp": cpp.forward, "torch": reference.forward}
-_BACKWARD = {"cpp": cpp.backward, "torch": reference.backward}
 
 #: Inputs that can be differentiated, in the order of the operation's arguments.
 _DIFFERENTIABLE = (
@@ -98,7 +94,7 @@ def _check(inputs: Inputs) -> None:
 
 
 def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    run = _FORWARD[_chosen(inputs, backend)]
+    run = implementation("count_nll", _chosen(inputs, backend)).forward
     _check(inputs)
     with no_autocast(inputs.hidden.device):
         return run(inputs)
@@ -112,7 +108,7 @@ def _backward(
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
-    run = _BACKWARD[_chosen(inputs, backend)]
+    run = implementation("count_nll", _chosen(inputs, backend)).backward
     with no_autocast(inputs.hidden.device):
         return run(inputs, grad, lse, usum, wanted)
 
@@ -322,7 +318,7 @@ def check_likelihood(likelihood: str) -> None:
 
 
 def _prepare_counts(
-    x: Tensor, n_cells: int, n_genes: int, hidden: Tensor, *, native: bool
+    x: Tensor, n_cells: int, n_genes: int, hidden: Tensor, backend: str
 ) -> tuple[Any, ...]:
     """Check the counts; return them as (dense, crow, col, values)."""
     if x.layout not in (torch.strided, torch.sparse_csr):
@@ -335,7 +331,9 @@ def _prepare_counts(
     check_together("hidden", hidden, x=x)
     if x.layout == torch.strided:
         return x, None, None, None
-    parts = cpp.canonical_parts(x) if native else None
+    if backend == "triton":
+        return (None, *csr_parts(x))
+    parts = cpp.canonical_parts(x) if backend == "cpp" else None
     return (None, *(parts or canonical_csr(x)))
 
 
@@ -470,7 +468,7 @@ def count_nll(
         backend = choose(
             "count_nll", backend, device=hidden.device, dtype=dtype, likelihood=likelihood
         ).backend
-    counts = _prepare_counts(x, n_cells, n_genes, hidden, native=backend == "cpp")
+    counts = _prepare_counts(x, n_cells, n_genes, hidden, backend)
 
     three_d = hidden.dim() == 3
     try:

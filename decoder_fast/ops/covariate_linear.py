@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import choose, implementation
 from ..cpp import covariate_linear as cpp
-from ..reference import covariate_linear as reference
 from ..reference.covariate_linear import ACTIVATIONS, Inputs
 from ._common import (
     check_floating,
@@ -26,8 +25,6 @@ from ._common import (
 
 __all__ = ["covariate_linear"]
 
-_FORWARD = {"cpp": cpp.forward, "torch": reference.forward}
-_BACKWARD = {"cpp": cpp.backward, "torch": reference.backward}
 _DIFFERENTIABLE = ("x", "weight", "bias", "batch_norm_weight", "batch_norm_bias")
 
 
@@ -52,7 +49,7 @@ def _forward(
         try:
             if chosen == "cpp" and update is not None and cpp.movable(update[:2]):
                 return cpp.forward(inputs, update[:2], update[2])
-            results = _FORWARD[chosen](inputs)
+            results = implementation("covariate_linear", chosen).forward(inputs)
         except cpp.LabelError:
             _check_labels(inputs)
             raise
@@ -72,7 +69,7 @@ def _backward(
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
-    run = _BACKWARD[_chosen(grad, backend)]
+    run = implementation("covariate_linear", _chosen(grad, backend)).backward
     with no_autocast(grad.device):
         return run(inputs, grad, out, v, mean, invstd, wanted)
 

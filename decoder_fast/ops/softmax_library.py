@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import choose
-from ..cpp import softmax_library as cpp
-from ..reference import softmax_library as reference
+from ..backends import choose, implementation
 from ._common import check_floating, check_together, compute_dtype, no_autocast, once_differentiable
 
 __all__ = ["softmax_library"]
 
 SCALE_ACTIVATIONS = ("softmax", "softplus")
-
-_FORWARD = {"cpp": cpp.forward, "torch": reference.forward}
-_BACKWARD = {"cpp": cpp.backward, "torch": reference.backward}
 
 
 def _chosen(tensor: Tensor, backend: str) -> str:
@@ -35,7 +30,7 @@ def check_scale_activation(scale_activation: str) -> None:
 def _forward(
     logits: Tensor, library: Tensor, scale_activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    run = _FORWARD[_chosen(logits, backend)]
+    run = implementation("softmax_library", _chosen(logits, backend)).forward
     with no_autocast(logits.device):
         return run(logits.contiguous(), library.contiguous(), scale_activation)
 
@@ -50,7 +45,7 @@ def _backward(
     logits_wanted: bool,
     library_wanted: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    run = _BACKWARD[_chosen(scale, backend)]
+    run = implementation("softmax_library", _chosen(scale, backend)).backward
     with no_autocast(scale.device):
         return run(
             grad_scale, grad_rate, scale, library, scale_activation, logits_wanted, library_wanted

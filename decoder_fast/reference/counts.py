@@ -50,6 +50,19 @@ class Counts:
             self.col = col
             self.values = values
 
+    def require_counts(self, bad: Tensor) -> None:
+        """Raise ValueError where ``bad`` is 2 (negative or NaN) or 1 (infinite); as kernels report.
+
+        On a GPU it is an assertion on the device, so that nothing waits for it.
+        """
+        _require((bad < 2).all(), BAD_COUNT)
+        _require((bad < 1).all(), INFINITE_COUNT)
+
+    def require_indices(self, bad: Tensor) -> None:
+        """Raise ValueError where ``bad`` is not 0: CSR indices do not fit, as kernels report."""
+        n_cells = self.crow.numel() - 1
+        _require((bad == 0).all(), _bad_indices(n_cells, self.n_genes))
+
     @functools.cached_property
     def _key(self) -> Tensor:
         """Position of each value in the dense matrix: ascending."""
@@ -119,6 +132,35 @@ def _require(condition: Tensor, message: str, found: Tensor | None = None) -> No
         torch._assert_async(condition, message)
 
 
+def _bad_indices(n_cells: int, n_genes: int) -> str:
+    return (
+        f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their "
+        "indices do not fit that shape (row pointers must ascend from 0 to the number of "
+        f"values, columns must lie in 0..{n_genes - 1}); build them with "
+        "torch.sparse_csr_tensor(..., check_invariants=True) to find the fault"
+    )
+
+
+def _sizes_fit(x: Tensor) -> bool:
+    sizes = (x.crow_indices().numel() - 1, x.values().shape)
+    return sizes == (x.shape[0], x.col_indices().shape)
+
+
+def csr_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a ``torch.sparse_csr`` matrix apart, for kernels that bear any order of its columns.
+
+    Nothing waits for the device: kernels hold the indices against the shape themselves.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of row pointers, columns and values do not fit one another.
+    """
+    if not _sizes_fit(x):
+        raise ValueError(_bad_indices(*x.shape))
+    return x.crow_indices(), x.col_indices(), x.values().detach()
+
+
 def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take a ``torch.sparse_csr`` matrix apart, checked and in canonical order.
 
@@ -145,7 +187,7 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     crow, col, values = x.crow_indices(), x.col_indices(), _comparable(x.values().detach())
     nnz = col.numel()
     sizes = crow.diff()
-    fits = crow.numel() == n_cells + 1 and values.shape == (nnz,)
+    fits = _sizes_fit(x)
     if fits:
         ok = (crow[0] == 0) & (crow[-1] == nnz) & (sizes >= 0).all()
         if nnz:
@@ -153,14 +195,9 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.device.type == "cpu":
             fits = bool(ok)
         else:
-            torch._assert_async(ok, "the CSR counts' indices do not fit their shape")
+            torch._assert_async(ok, _bad_indices(n_cells, n_genes))
     if not fits:
-        raise ValueError(
-            f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their "
-            "indices do not fit that shape (row pointers must ascend from 0 to the number of "
-            f"values, columns must lie in 0..{n_genes - 1}); build them with "
-            "torch.sparse_csr_tensor(..., check_invariants=True) to find the fault"
-        )
+        raise ValueError(_bad_indices(n_cells, n_genes))
     if nnz < 2:
         return crow, col, values
     ascending = col.diff() > 0

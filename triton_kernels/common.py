@@ -1,0 +1,74 @@
+"""What the kernels share: how they are launched, and functions that Triton's language lacks.
+
+Every kernel is launched through :func:`launch`, with options that depend on shapes, dtypes and
+settings alone: nothing is tuned on the way, nothing waits for the device, so that a training step
+can be captured in a CUDA graph, and a tool can compile what would be launched without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: How ``dot`` multiplies, by ``torch.get_float32_matmul_precision()``; sums are always float32.
+_PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
+
+
+def product_precision() -> str:
+    """Return the ``PRECISION`` of :func:`dot` that torch's setting asks for."""
+    precision = _PRECISIONS[torch.get_float32_matmul_precision()]
+    return "ieee" if precision == "tf32" and torch.version.hip else precision
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel on the device of its first tensor, on torch's current stream there."""
+    if 0 in grid:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + a @ b`` of float32 tiles, multiplied as ``PRECISION`` says."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def log1p(v):
+    """``log(1 + v)`` to float32's accuracy for ``v > -1``, also where ``1 + v`` rounds."""
+    u = 1.0 + v
+    return tl.log(u) + (v - (u - 1.0)) / u
+
+
+@triton.jit
+def expm1(v):
+    """``exp(v) - 1`` to a few float32 roundings, also near zero."""
+    # Taylor's series where exp(v) - 1 cancels
+    series = 1.0 + v * (1 / 7.0) * (1.0 + v * (1 / 8.0))
+    series = 1.0 + v * (1 / 5.0) * (1.0 + v * (1 / 6.0) * series)
+    series = v * (1.0 + v * (1 / 2.0) * (1.0 + v * (1 / 3.0) * (1.0 + v * (1 / 4.0) * series)))
+    return tl.where(tl.abs(v) < 0.5, series, tl.exp(v) - 1.0)
+
+
+@triton.jit
+def softplus(v):
+    """``log(1 + exp(v))``, from the side on which the exponential is small."""
+    return tl.maximum(v, 0.0) + log1p(tl.exp(-tl.abs(v)))
+
+
+@triton.jit
+def sigmoid(v):
+    """``1 / (1 + exp(-v))``, without overflow on either side."""
+    e = tl.exp(-tl.abs(v))
+    return tl.where(v >= 0.0, 1.0, e) / (1.0 + e)

@@ -1,0 +1,1182 @@
+"""``count_nll``: hidden units, heads, library and counts to one negative log-likelihood a cell.
+
+Rows are cells, or Monte-Carlo samples of cells; row ``i`` has the counts of cell ``i % n_cells``.
+The forward pass finds each row's log-sum-exp, then its likelihood and ``usum``, the sum over genes
+of the derivative with respect to log(mu). The backward pass recomputes each tile. Nothing of size
+rows x genes exists; the two routes differ in what a tile's logits come from:
+
+- *fused*: a product inside the kernel, and so are the gradients' products. For tensor cores.
+- *chunked*: a product of the vendor's library for a chunk of genes, which the kernels then read,
+  and overwrite with gradients. For strict float32, wide hidden layers, and dispersions by cell.
+
+:func:`is_fused` chooses. CSR counts are scattered into a dense chunk on either route.
+
+Gamma functions
+---------------
+With Binet's function ``S(v) = lgamma(v) - ((v - 1/2) log(v) - v + log(2 pi) / 2)`` the log
+probability of the negative binomial is that of a mean equal to the count, which is
+``-log(2 pi x (x + theta) / theta) / 2 + S(x + theta) - S(theta) - S(x)``, plus a deviance, which is
+``x log(mu / x) - (x + theta) log((mu + theta) / (x + theta))``: each part is about as small as the
+result, where ``lgamma(x + theta) - lgamma(theta)`` cancels. ``S`` is a short polynomial in ``1/v``,
+so that counts of zero need no kernel of their own (Loader 2000, Fast and accurate computation of
+binomial probabilities).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import dot, expm1, launch, log1p, product_precision, sigmoid, softplus
+
+if TYPE_CHECKING:
+    from decoder_fast.reference.count_nll import Inputs
+
+#: Bytes of all the buffers (rows x genes of a chunk) that exist at once: fits an L2 cache.
+CHUNK_BYTES = 24 << 20
+#: Widest hidden layer that the fused route holds in one tile.
+MAX_FUSED_HIDDEN = 128
+#: Programs that fill a large GPU twice.
+_PROGRAMS = 264
+_EPS = tl.constexpr(1e-8)
+
+
+@triton.jit
+def _binet_above_one(inverse):
+    """Binet's function of ``1 / inverse``, for ``0 < inverse <= 1``; relative error 1.1e-7."""
+    p = 1.3703082e-4
+    p = p * inverse - 6.29498098e-4
+    p = p * inverse + 1.04442485e-3
+    p = p * inverse - 5.03267038e-5
+    p = p * inverse - 2.77341711e-3
+    p = p * inverse - 7.4985773e-8
+    p = p * inverse + 0.0833333308
+    return p * inverse
+
+
+@triton.jit
+def _binet_slope_above_one(inverse):
+    """``-v S'(v)`` of Binet's function at ``v = 1 / inverse >= 1``; relative error 1.8e-7."""
+    p = -2.58759985e-4
+    p = p * inverse + 1.78273889e-3
+    p = p * inverse - 4.79708797e-3
+    p = p * inverse + 5.8417553e-3
+    p = p * inverse - 3.91938915e-4
+    p = p * inverse - 8.29276414e-3
+    p = p * inverse - 1.61238293e-6
+    p = p * inverse + 0.0833333439
+    return p * inverse
+
+
+@triton.jit
+def _binet(v, log_v):
+    """Binet's function for any ``v > 0``: below one by the recurrence from ``v + 1``."""
+    small = v < 1.0
+    inverse = 1.0 / tl.where(small, v + 1.0, v)
+    shift = (v + 0.5) * (tl.log(v + 1.0) - log_v) - 1.0
+    return _binet_above_one(inverse) + tl.where(small, shift, 0.0)
+
+
+@triton.jit
+def _binet_slope(v, log_v):
+    """``-v S'(v)`` of Binet's function for any ``v > 0``."""
+    small = v < 1.0
+    inverse = 1.0 / tl.where(small, v + 1.0, v)
+    slope = _binet_slope_above_one(inverse)
+    shift = (v + 0.5) * inverse - v * (tl.log(v + 1.0) - log_v)
+    return tl.where(small, v * inverse * slope + shift, slope)
+
+
+@triton.jit
+def _log_ratio(difference, numerator, denominator):
+    """``log(numerator / denominator)``, accurate for a ratio near one thanks to their difference."""
+    inverse = 1.0 / denominator
+    relative = difference * inverse
+    near = relative > -0.5
+    ratio = tl.where(near, 1.0 + relative, numerator * inverse)
+    return tl.log(ratio) + tl.where(near, (relative - (ratio - 1.0)) / ratio, 0.0)
+
+
+@triton.jit
+def _saturation_minus_log1p(z, saturation, log1p_z):
+    """``saturation - log1p(z)``, ``saturation = z / (1 + z)``, without cancelling at small ``z``."""
+    y = z / (z + 2.0)
+    y2 = y * y
+    tail = y * (1 / 3.0 + y2 * (1 / 5.0 + y2 * (1 / 7.0)))
+    series = -2.0 * y2 * (1.0 / (1.0 + y) + tail)
+    return tl.where(tl.abs(z) < 0.2, series, saturation - log1p_z)
+
+
+@triton.jit
+def _terms(
+    x,
+    log_mu,
+    mu,
+    theta,
+    log_theta,
+    binet_theta,
+    slope_theta,
+    d,
+    LIKELIHOOD: tl.constexpr,
+    VALUE: tl.constexpr,
+    D_THETA: tl.constexpr,
+):
+    """Log-likelihood, and derivatives by log(mu), log(theta), dropout logits, of each element.
+
+    Those that are not asked for (``VALUE``, ``D_THETA``) or that the likelihood lacks are any
+    number. Symbols as in ``decoder_fast/reference/log_prob.py``.
+    """
+    counted = x > 0.0
+    x1 = tl.where(counted, x, 1.0)  # a count to divide by
+    difference = mu - x
+    if LIKELIHOOD == "poisson":
+        value = x
+        if VALUE:
+            near = tl.abs(difference) < 0.5 * x1
+            log_x = tl.log(x1)
+            log_ratio = tl.where(near, log1p(tl.where(near, difference / x1, 0.0)), log_mu - log_x)
+            at_mean = 0.5 * (log_x + 1.8378770664093453) + _binet(x1, log_x)
+            value = tl.where(counted, x * log_ratio - at_mean, 0.0) - difference
+        return value, -difference, value, value
+
+    theta_eps = theta + _EPS
+    total = x + theta_eps
+    t = mu + theta_eps
+    inverse_t = 1.0 / t
+    log1p_z = _log_ratio(difference, t, total)
+    minus_deviance = -(x + theta) * log1p_z
+    value = minus_deviance
+    if VALUE:
+        n = x1 + theta
+        gamma = 0.5 * (log_theta - tl.log(x1 * n) - 1.8378770664093453) - binet_theta
+        # Counts below one are rare: no logarithms for them where there are none.
+        if tl.max(tl.where(x1 < 1.0, 1, 0)) > 0:
+            gamma += _binet(n, tl.log(n)) - _binet(x1, tl.log(x1))
+        else:
+            gamma += _binet_above_one(1.0 / n) - _binet_above_one(1.0 / x1)
+        log_mu_x = _log_ratio(difference, mu + _EPS, x1 + _EPS)
+        value += tl.where(counted, x * log_mu_x + gamma, 0.0)
+    d_mu = theta * inverse_t * (x * (mu / (mu + _EPS)) - mu)
+    d_theta = value
+    if D_THETA:
+        z = difference / total
+        inverse_n = 1.0 / (x1 + theta)
+        d_theta = _saturation_minus_log1p(z, difference * inverse_t, log1p_z)
+        d_theta = theta * (d_theta - _EPS * mu * inverse_t / theta_eps)
+        slope = _binet_slope_above_one(inverse_n)
+        if tl.max(tl.where(x1 < 1.0, 1, 0)) > 0:
+            slope = _binet_slope(x1 + theta, tl.log(x1 + theta))
+        of_gamma = inverse_n * (0.5 * x - theta * slope) + slope_theta
+    if LIKELIHOOD == "nb":
+        if D_THETA:
+            d_theta += tl.where(counted, of_gamma, 0.0)
+        return value, d_mu, d_theta, value
+
+    s = minus_deviance - d  # where the count is zero
+    if VALUE:
+        # softplus(s) - softplus(-d), its linear parts subtracted before they are rounded
+        e_s = tl.exp(-tl.abs(s))
+        e_d = tl.exp(-tl.abs(d))
+        at_zero = log1p((e_s - e_d) / (1.0 + e_d))
+        at_zero += tl.maximum(minus_deviance, tl.minimum(d, 0.0))
+        value = tl.where(counted, value - softplus(d), at_zero)
+    sigmoid_s = sigmoid(s)
+    d_mu *= tl.where(counted, 1.0, sigmoid_s)
+    if D_THETA:
+        d_theta = tl.where(counted, d_theta + of_gamma, d_theta * sigmoid_s)
+    # where the count is zero sigmoid(-d) - sigmoid(s), as a product
+    difference_s = -expm1(minus_deviance) * sigmoid(-s) * sigmoid(-d)
+    return value, d_mu, d_theta, tl.where(counted, -sigmoid(d), difference_s)
+
+
+@triton.jit
+def _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED: tl.constexpr, HIDDEN: tl.constexpr):
+    """Hidden units of a tile's rows, on the route that takes products itself."""
+    if FUSED:
+        units = tl.arange(0, HIDDEN)
+        inside = row_mask[:, None] & (units < n_hidden)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
+        return tl.load(hidden + offsets, mask=inside, other=0.0)
+    return rows
+
+
+@triton.jit
+def _weight_tile(
+    weight, genes, gene_mask, n_hidden, FUSED: tl.constexpr, HIDDEN: tl.constexpr
+):
+    """A head's weights of a tile's genes, on the route that takes products itself."""
+    if FUSED:
+        units = tl.arange(0, HIDDEN)
+        inside = gene_mask[:, None] & (units < n_hidden)[None, :]
+        offsets = genes.to(tl.int64)[:, None] * n_hidden + units[None, :]
+        return tl.load(weight + offsets, mask=inside, other=0.0)
+    return genes
+
+
+@triton.jit
+def _logits(
+    hidden,
+    weight,
+    bias,
+    chunk,
+    rows,
+    genes,
+    row_mask,
+    gene_mask,
+    n_genes,
+    FUSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits of a head for a tile: the product of two tiles, or read from ``chunk``."""
+    if FUSED:
+        zeros = tl.zeros((hidden.shape[0], weight.shape[0]), tl.float32)
+        logits = dot(hidden, tl.trans(weight), zeros, PRECISION)
+    else:
+        offsets = rows.to(tl.int64)[:, None] * n_genes + genes[None, :]
+        inside = row_mask[:, None] & gene_mask[None, :]
+        logits = tl.load(chunk + offsets, mask=inside, other=0.0)
+    if bias is not None:
+        logits += tl.load(bias + genes, mask=gene_mask, other=0.0)[None, :]
+    return logits
+
+
+@triton.jit
+def _mean(a, library, lse):
+    """``log(mu)`` and ``mu`` of a tile; without ``lse`` the activation is softplus."""
+    if lse is not None:
+        log_mu = a + (library - lse)[:, None]
+        return log_mu, tl.exp(log_mu)
+    scale = softplus(a)
+    # log(softplus(a)) is a itself where softplus underflows
+    log_scale = tl.where(a < -30.0, a, tl.log(tl.maximum(scale, 1e-30)))
+    return log_scale + library[:, None], tl.exp(library)[:, None] * scale
+
+
+@triton.jit
+def _log_theta(
+    r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE: tl.constexpr
+):
+    """Log inverse dispersion of a tile: by gene alone, or by row, of which there are ``r_rows``."""
+    if R_BY_GENE:
+        return tl.load(r + genes, mask=gene_mask, other=0.0)[None, :]
+    offsets = (rows % r_rows).to(tl.int64)[:, None] * r_row + genes.to(tl.int64)[None, :] * r_gene
+    log_theta = tl.load(r + offsets, mask=row_mask[:, None] & gene_mask[None, :], other=0.0)
+    if r_bias is not None:
+        log_theta += tl.load(r_bias + genes, mask=gene_mask, other=0.0)[None, :]
+    return log_theta
+
+
+@triton.jit
+def _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene):
+    """Counts of a tile, and 2 if one is negative or NaN, else 1 if one is infinite, else 0."""
+    offsets = (rows % n_cells).to(tl.int64)[:, None] * x_row + genes.to(tl.int64)[None, :] * x_gene
+    inside = row_mask[:, None] & gene_mask[None, :]
+    counts = tl.load(x + offsets, mask=inside, other=0).to(tl.float32)
+    bad = tl.max(tl.where(counts >= 0.0, tl.where(counts < float("inf"), 0, 1), 2))
+    # scvi-tools takes anything up to 1e-8 for zero
+    return tl.where(counts > _EPS, counts, 0.0), bad
+
+
+@triton.jit
+def _add(total, rest, value):
+    """Add to a sum, and to the rest that its rounding leaves (Knuth's two-sum)."""
+    result = total + value
+    virtual = result - total
+    return result, rest + ((total - (result - virtual)) + (value - virtual))
+
+
+@triton.jit
+def _log_sum_exp(
+    hidden,
+    weight,
+    bias,
+    chunk,
+    maxima,
+    sums,
+    n_rows,
+    n_genes,
+    n_hidden,
+    genes_a_split,
+    FUSED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    GENES: tl.constexpr,
+):
+    """Maximum and sum of exponentials of the logits of some rows, over one split of the genes."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < n_rows
+    hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED, HIDDEN)
+    maximum = tl.full((ROWS,), -3e38, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    first = tl.program_id(1) * genes_a_split
+    for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
+        genes = start + tl.arange(0, GENES)
+        gene_mask = genes < n_genes
+        weight_tile = _weight_tile(weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
+        a = _logits(
+            hidden_tile, weight_tile, bias, chunk, rows, genes, row_mask, gene_mask, n_genes,
+            FUSED, PRECISION,
+        )  # fmt: skip
+        a = tl.where(gene_mask[None, :], a, float("-inf"))
+        highest = tl.maximum(maximum, tl.max(a, 1))
+        total = total * tl.exp(maximum - highest) + tl.sum(tl.exp(a - highest[:, None]), 1)
+        maximum = highest
+    offsets = tl.program_id(1).to(tl.int64) * n_rows + rows
+    tl.store(maxima + offsets, maximum, mask=row_mask)
+    tl.store(sums + offsets, total, mask=row_mask)
+
+
+@triton.jit
+def _combine_log_sum_exp(maxima, sums, lse, n_rows, n_splits, ROWS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < n_rows
+    maximum = tl.full((ROWS,), -3e38, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for split in range(n_splits):
+        offsets = tl.cast(split, tl.int64) * n_rows + rows
+        other = tl.load(maxima + offsets, mask=row_mask, other=0.0)
+        highest = tl.maximum(maximum, other)
+        total = total * tl.exp(maximum - highest)
+        total += tl.load(sums + offsets, mask=row_mask, other=0.0) * tl.exp(other - highest)
+        maximum = highest
+    tl.store(lse + rows, maximum + tl.log(total), mask=row_mask)
+
+
+@triton.jit
+def _likelihood(
+    hidden,
+    library,
+    lse,
+    scale_weight,
+    scale_bias,
+    dropout_weight,
+    dropout_bias,
+    r,
+    r_bias,
+    x,
+    scale_chunk,
+    dropout_chunk,
+    log_probs,
+    usums,
+    bad,
+    n_rows,
+    n_cells,
+    n_genes,
+    n_hidden,
+    genes_a_split,
+    r_rows,
+    r_row,
+    r_gene,
+    x_row,
+    x_gene,
+    R_BY_GENE: tl.constexpr,
+    LIKELIHOOD: tl.constexpr,
+    FUSED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    GENES: tl.constexpr,
+):
+    """Log-likelihood, and its derivative by log(mu), of some rows over one split of the genes."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < n_rows
+    hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED, HIDDEN)
+    row_library = tl.load(library + rows, mask=row_mask, other=0.0)
+    row_lse = lse
+    if lse is not None:
+        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+    log_prob = tl.zeros((ROWS,), tl.float32)
+    log_prob_rest = tl.zeros((ROWS,), tl.float32)
+    usum = tl.zeros((ROWS,), tl.float32)
+    usum_rest = tl.zeros((ROWS,), tl.float32)
+    any_bad = 0
+    first = tl.program_id(1) * genes_a_split
+    for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
+        genes = start + tl.arange(0, GENES)
+        gene_mask = genes < n_genes
+        scale_tile = _weight_tile(scale_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
+        a = _logits(
+            hidden_tile, scale_tile, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
+            n_genes, FUSED, PRECISION,
+        )  # fmt: skip
+        log_mu, mu = _mean(a, row_library, row_lse)
+        counts, tile_bad = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
+        any_bad = tl.maximum(any_bad, tile_bad)
+        theta, log_theta, binet_theta, d = mu, mu, mu, mu
+        if LIKELIHOOD != "poisson":
+            log_theta = _log_theta(
+                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE
+            )
+            theta = tl.exp(log_theta)
+            binet_theta = _binet(theta, log_theta)
+        if LIKELIHOOD == "zinb":
+            dropout_tile = _weight_tile(
+                dropout_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN
+            )
+            d = _logits(
+                hidden_tile, dropout_tile, dropout_bias, dropout_chunk, rows, genes, row_mask,
+                gene_mask, n_genes, FUSED, PRECISION,
+            )  # fmt: skip
+        value, u, _, _ = _terms(
+            counts, log_mu, mu, theta, log_theta, binet_theta, binet_theta, d, LIKELIHOOD, True,
+            False,
+        )  # fmt: skip
+        value = tl.sum(tl.where(gene_mask[None, :], value, 0.0), 1)
+        u = tl.sum(tl.where(gene_mask[None, :], u, 0.0), 1)
+        log_prob, log_prob_rest = _add(log_prob, log_prob_rest, value)
+        usum, usum_rest = _add(usum, usum_rest, u)
+    offsets = tl.program_id(1).to(tl.int64) * n_rows + rows
+    tl.store(log_probs + offsets, log_prob + log_prob_rest, mask=row_mask)
+    tl.store(usums + offsets, usum + usum_rest, mask=row_mask)
+    tl.store(bad + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), any_bad)
+
+
+@triton.jit
+def _gradients(
+    a,
+    row_library,
+    row_lse,
+    row_usum,
+    row_weight,
+    counts,
+    log_theta,
+    theta,
+    slope_theta,
+    d,
+    inside,
+    LIKELIHOOD: tl.constexpr,
+    D_R: tl.constexpr,
+):
+    """Gradients of the loss by logits, log dispersion and dropout logits of a tile."""
+    log_mu, mu = _mean(a, row_library, row_lse)
+    _, u, d_r, d_dropout = _terms(
+        counts, log_mu, mu, theta, log_theta, slope_theta, slope_theta, d, LIKELIHOOD, False, D_R
+    )
+    if row_lse is not None:
+        u -= tl.exp(a - row_lse[:, None]) * row_usum[:, None]
+    else:
+        # d log(softplus(a)) / da, which tends to 1 where both underflow
+        capped = tl.maximum(a, -80.0)
+        u *= sigmoid(capped) / softplus(capped)
+    weight = tl.where(inside, row_weight[:, None], 0.0)
+    # Multiplied only inside: what stands outside may be infinite.
+    u = tl.where(inside, u, 0.0) * weight
+    return u, tl.where(inside, d_r, 0.0) * weight, tl.where(inside, d_dropout, 0.0) * weight
+
+
+@triton.jit
+def _gradients_by_gene(
+    hidden,
+    library,
+    lse,
+    usum,
+    row_weights,
+    scale_weight,
+    scale_bias,
+    dropout_weight,
+    dropout_bias,
+    r,
+    r_bias,
+    x,
+    scale_chunk,
+    dropout_chunk,
+    r_chunk,
+    d_scale_weight,
+    d_scale_bias,
+    d_dropout_weight,
+    d_dropout_bias,
+    d_r,
+    n_rows,
+    n_cells,
+    n_genes,
+    n_hidden,
+    rows_a_split,
+    r_rows,
+    r_row,
+    r_gene,
+    x_row,
+    x_gene,
+    R_BY_GENE: tl.constexpr,
+    LIKELIHOOD: tl.constexpr,
+    D_R: tl.constexpr,
+    FUSED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    GENES: tl.constexpr,
+):
+    """Gradients that sum over rows, for some genes and one split of the rows.
+
+    The fused route takes the products with the hidden units along the way. The chunked one
+    overwrites the logits (of ``r_chunk`` too, where it is given) with their gradients.
+    """
+    genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
+    gene_mask = genes < n_genes
+    scale_tile = _weight_tile(scale_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
+    dropout_tile = scale_tile
+    if LIKELIHOOD == "zinb":
+        dropout_tile = _weight_tile(dropout_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
+    if FUSED:
+        scale_products = tl.zeros((GENES, HIDDEN), tl.float32)
+        dropout_products = tl.zeros((GENES, HIDDEN), tl.float32)
+    scale_sum = tl.zeros((GENES,), tl.float32)
+    scale_rest = tl.zeros((GENES,), tl.float32)
+    dropout_sum = tl.zeros((GENES,), tl.float32)
+    dropout_rest = tl.zeros((GENES,), tl.float32)
+    r_sum = tl.zeros((GENES,), tl.float32)
+    r_rest = tl.zeros((GENES,), tl.float32)
+    first = tl.program_id(1) * rows_a_split
+    for start in range(first, tl.minimum(first + rows_a_split, n_rows), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        row_mask = rows < n_rows
+        inside = row_mask[:, None] & gene_mask[None, :]
+        chunk_offsets = rows.to(tl.int64)[:, None] * n_genes + genes[None, :]
+        hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED, HIDDEN)
+        a = _logits(
+            hidden_tile, scale_tile, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
+            n_genes, FUSED, PRECISION,
+        )  # fmt: skip
+        row_library = tl.load(library + rows, mask=row_mask, other=0.0)
+        row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
+        row_weight = tl.load(row_weights + rows, mask=row_mask, other=0.0)
+        row_lse = lse
+        if lse is not None:
+            row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+        counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
+        theta, log_theta, slope_theta, d = a, a, a, a
+        if LIKELIHOOD != "poisson":
+            log_theta = _log_theta(
+                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE
+            )
+            theta = tl.exp(log_theta)
+            if D_R:
+                slope_theta = _binet_slope(theta, log_theta)
+        if LIKELIHOOD == "zinb":
+            d = _logits(
+                hidden_tile, dropout_tile, dropout_bias, dropout_chunk, rows, genes, row_mask,
+                gene_mask, n_genes, FUSED, PRECISION,
+            )  # fmt: skip
+        d_a, d_log_theta, d_d = _gradients(
+            a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, slope_theta,
+            d, inside, LIKELIHOOD, D_R,
+        )  # fmt: skip
+        if FUSED:
+            if d_scale_weight is not None:
+                scale_products = dot(tl.trans(d_a), hidden_tile, scale_products, PRECISION)
+            if d_dropout_weight is not None:
+                dropout_products = dot(tl.trans(d_d), hidden_tile, dropout_products, PRECISION)
+        else:
+            tl.store(scale_chunk + chunk_offsets, d_a, mask=inside)
+            if LIKELIHOOD == "zinb":
+                tl.store(dropout_chunk + chunk_offsets, d_d, mask=inside)
+            if r_chunk is not None:
+                tl.store(r_chunk + chunk_offsets, d_log_theta, mask=inside)
+        scale_sum, scale_rest = _add(scale_sum, scale_rest, tl.sum(d_a, 0))
+        if d_dropout_bias is not None:
+            dropout_sum, dropout_rest = _add(dropout_sum, dropout_rest, tl.sum(d_d, 0))
+        if d_r is not None:
+            r_sum, r_rest = _add(r_sum, r_rest, tl.sum(d_log_theta, 0))
+    split_genes = tl.program_id(1).to(tl.int64) * n_genes + genes
+    if d_scale_bias is not None:
+        tl.store(d_scale_bias + split_genes, scale_sum + scale_rest, mask=gene_mask)
+    if d_dropout_bias is not None:
+        tl.store(d_dropout_bias + split_genes, dropout_sum + dropout_rest, mask=gene_mask)
+    if d_r is not None:
+        tl.store(d_r + split_genes, r_sum + r_rest, mask=gene_mask)
+    if FUSED:
+        units = tl.arange(0, HIDDEN)
+        stored = gene_mask[:, None] & (units < n_hidden)[None, :]
+        offsets = split_genes[:, None] * n_hidden + units[None, :]
+        if d_scale_weight is not None:
+            tl.store(d_scale_weight + offsets, scale_products, mask=stored)
+        if d_dropout_weight is not None:
+            tl.store(d_dropout_weight + offsets, dropout_products, mask=stored)
+
+
+@triton.jit
+def _gradient_of_hidden(
+    hidden,
+    library,
+    lse,
+    usum,
+    row_weights,
+    scale_weight,
+    scale_bias,
+    dropout_weight,
+    dropout_bias,
+    r,
+    x,
+    d_hidden,
+    n_rows,
+    n_cells,
+    n_genes,
+    n_hidden,
+    genes_a_split,
+    x_row,
+    x_gene,
+    LIKELIHOOD: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    GENES: tl.constexpr,
+):
+    """Gradient by the hidden units of some rows, over one split of the genes: the fused route."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < n_rows
+    hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, True, HIDDEN)
+    row_library = tl.load(library + rows, mask=row_mask, other=0.0)
+    row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
+    row_weight = tl.load(row_weights + rows, mask=row_mask, other=0.0)
+    row_lse = lse
+    if lse is not None:
+        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+    products = tl.zeros((ROWS, HIDDEN), tl.float32)
+    first = tl.program_id(1) * genes_a_split
+    for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
+        genes = start + tl.arange(0, GENES)
+        gene_mask = genes < n_genes
+        inside = row_mask[:, None] & gene_mask[None, :]
+        scale_tile = _weight_tile(scale_weight, genes, gene_mask, n_hidden, True, HIDDEN)
+        a = _logits(
+            hidden_tile, scale_tile, scale_bias, hidden, rows, genes, row_mask, gene_mask,
+            n_genes, True, PRECISION,
+        )  # fmt: skip
+        counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
+        theta, log_theta, d, dropout_tile = a, a, a, a
+        if LIKELIHOOD != "poisson":
+            log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)[None, :]
+            theta = tl.exp(log_theta)
+        if LIKELIHOOD == "zinb":
+            dropout_tile = _weight_tile(dropout_weight, genes, gene_mask, n_hidden, True, HIDDEN)
+            d = _logits(
+                hidden_tile, dropout_tile, dropout_bias, hidden, rows, genes, row_mask, gene_mask,
+                n_genes, True, PRECISION,
+            )  # fmt: skip
+        d_a, _, d_d = _gradients(
+            a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, theta, d,
+            inside, LIKELIHOOD, False,
+        )  # fmt: skip
+        products = dot(d_a, scale_tile, products, PRECISION)
+        if LIKELIHOOD == "zinb":
+            products = dot(d_d, dropout_tile, products, PRECISION)
+    units = tl.arange(0, HIDDEN)
+    offsets = (tl.program_id(1).to(tl.int64) * n_rows + rows)[:, None] * n_hidden + units[None, :]
+    tl.store(
+        d_hidden + offsets, products, mask=row_mask[:, None] & (units < n_hidden)[None, :]
+    )
+
+
+@triton.jit
+def _sum_by_label(
+    d_r,
+    order,
+    bounds,
+    table,
+    n_cells,
+    n_samples,
+    n_genes,
+    n_labels,
+    GENES: tl.constexpr,
+):
+    """Sum the rows ``(n_samples, n_cells)`` of ``d_r`` by their cells' labels, into ``table``.
+
+    ``order`` lists the cells label by label; those of label ``k`` lie from ``bounds[k]`` on.
+    """
+    genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
+    gene_mask = genes < n_genes
+    label = tl.program_id(1)
+    total = tl.zeros((GENES,), tl.float32)
+    rest = tl.zeros((GENES,), tl.float32)
+    for i in range(tl.load(bounds + label), tl.load(bounds + label + 1)):
+        cell = tl.load(order + i)
+        for sample in range(n_samples):
+            offsets = (tl.cast(sample, tl.int64) * n_cells + cell) * n_genes + genes
+            value = tl.load(d_r + offsets, mask=gene_mask, other=0.0)
+            total, rest = _add(total, rest, value)
+    offsets = genes.to(tl.int64) * n_labels + label
+    tl.store(table + offsets, total + rest, mask=gene_mask)
+
+
+@triton.jit
+def _scatter(
+    crow,
+    col,
+    values,
+    dense,
+    bad,
+    n_values,
+    n_genes,
+    first_gene,
+    n_chunk,
+    BLOCK: tl.constexpr,
+):
+    """Write one cell's counts of a chunk of genes into ``dense``, which holds zeros.
+
+    Columns may be in any order. Added, because they may repeat, in which case counts sum; an
+    address that is met once gets the same bits at every run. What the row pointers and columns
+    say is held against the sizes of the tensors: a lie is reported, and nothing read outside.
+    """
+    cell = tl.program_id(0)
+    start = tl.load(crow + cell).to(tl.int64)
+    stop = tl.load(crow + cell + 1).to(tl.int64)
+    any_bad = ((start < 0) | (stop < start) | (stop > n_values)).to(tl.int32)
+    if cell == 0:
+        any_bad = tl.maximum(any_bad, (start != 0).to(tl.int32))
+    if cell == tl.num_programs(0) - 1:
+        any_bad = tl.maximum(any_bad, (stop != n_values).to(tl.int32))
+    start = tl.maximum(start, 0)
+    stop = tl.minimum(stop, n_values)
+    for block in range(start, stop, BLOCK):
+        positions = block + tl.arange(0, BLOCK)
+        inside = positions < stop
+        genes = tl.load(col + positions, mask=inside, other=0).to(tl.int64)
+        outside = inside & ((genes < 0) | (genes >= n_genes))
+        any_bad = tl.maximum(any_bad, tl.max(outside.to(tl.int32)))
+        genes -= first_gene
+        wanted = inside & (genes >= 0) & (genes < n_chunk)
+        counts = tl.load(values + positions, mask=wanted, other=0).to(tl.float32)
+        tl.atomic_add(dense + cell.to(tl.int64) * n_chunk + genes, counts, mask=wanted)
+    tl.store(bad + cell, any_bad)
+
+
+def is_fused(inputs: Inputs) -> bool:
+    """Whether products of the heads are taken inside the kernels.
+
+    Where tensor cores take them, the hidden units fit one tile, and the dispersion is by gene:
+    with one by cell the kernels would hold a third tile, or its gradient would have to be stored.
+    """
+    by_gene = inputs.r_weight is None and inputs.px_r_index is None
+    return (
+        by_gene
+        and inputs.hidden.shape[-1] <= MAX_FUSED_HIDDEN
+        and product_precision() != "ieee"
+    )
+
+
+def _split_size(n: int, tile: int, other_programs: int) -> int:
+    """Size of the splits of ``n`` that fill the GPU: a multiple of ``tile``."""
+    tiles = triton.cdiv(n, tile)
+    splits = max(1, min(tiles, _PROGRAMS // max(1, other_programs)))
+    return triton.cdiv(tiles, splits) * tile
+
+
+class _Problem:
+    """The inputs as the kernels read them, and the route that they take."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.fused = is_fused(inputs)
+        n_samples, self.n_cells, self.n_hidden = inputs.hidden.shape
+        self.n_rows = n_samples * self.n_cells
+        self.n_genes = inputs.scale_weight.shape[0]
+        self.hidden = inputs.hidden.reshape(self.n_rows, self.n_hidden).contiguous()
+        self.library = inputs.library.reshape(self.n_rows).contiguous()
+        self.softmax = inputs.scale_activation == "softmax"
+        self.products = {
+            "FUSED": self.fused,
+            "HIDDEN": max(16, triton.next_power_of_2(self.n_hidden)) if self.fused else 16,
+            "PRECISION": product_precision() if self.fused else "ieee",
+        }
+        self.heads = {
+            name: weight.contiguous()
+            for name in ("scale", "dropout", "r")
+            if (weight := getattr(inputs, f"{name}_weight")) is not None
+        }
+        self.has_table = inputs.px_r_index is not None
+        numbers = 0 if self.fused else self.n_rows * (len(self.heads) + self.has_table)
+        numbers += self.n_cells if inputs.counts.dense is None else 0
+        fitting = CHUNK_BYTES // (4 * numbers) if numbers else self.n_genes
+        # A multiple of 64 genes keeps every chunk's first address aligned.
+        self.step = max(64, min(fitting, triton.cdiv(self.n_genes, 64) * 64) // 64 * 64)
+        self._buffers: dict[str, Tensor] = {}
+        self.bad_indices: Tensor | None = None
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, self.n_genes, self.step):
+            yield slice(start, min(start + self.step, self.n_genes))
+
+    def buffer(self, name: str, n_rows: int, genes: slice) -> Tensor:
+        """A (rows, genes of the chunk) matrix, in memory that all chunks share."""
+        if name not in self._buffers:
+            self._buffers[name] = self.hidden.new_empty(n_rows * min(self.step, self.n_genes))
+        n_genes = genes.stop - genes.start
+        return self._buffers[name][: n_rows * n_genes].view(n_rows, n_genes)
+
+    def logits(self, head: str, genes: slice) -> Tensor | None:
+        """Logits of a head, less its bias, for a chunk; None on the route that needs none."""
+        if self.fused or head not in self.heads:
+            return None
+        out = self.buffer(head, self.n_rows, genes)
+        return torch.mm(self.hidden, self.heads[head][genes].t(), out=out)
+
+    def bias(self, head: str, genes: slice) -> Tensor | None:
+        bias = getattr(self.inputs, f"{head}_bias")
+        return None if bias is None else bias[genes]
+
+    def weight(self, head: str, genes: slice) -> Tensor | None:
+        return self.heads[head][genes] if self.fused and head in self.heads else None
+
+    def dispersion(self, genes: slice) -> tuple[Any, ...]:
+        """Log inverse dispersion of a chunk, its bias, number of rows, strides, and its kind."""
+        if (logits := self.logits("r", genes)) is not None:
+            return logits, self.bias("r", genes), self.n_rows, logits.stride(0), 1, False
+        if self.inputs.px_r is None:
+            return None, None, 1, 0, 1, True
+        px_r = self.inputs.px_r[genes]
+        if not self.has_table:
+            return px_r.contiguous(), None, 1, 0, 1, True
+        assert self.inputs.px_r_index is not None
+        looked_up = px_r.index_select(1, self.inputs.px_r_index)
+        return looked_up, None, self.n_cells, 1, looked_up.stride(0), False
+
+    def counts(self, genes: slice) -> tuple[Tensor, int, int]:
+        """Counts of a chunk, and their strides."""
+        counts = self.inputs.counts
+        if counts.dense is not None:
+            dense = counts.dense[:, genes]
+            return dense, *dense.stride()
+        dense = self.buffer("counts", self.n_cells, genes).zero_()
+        if self.bad_indices is None:
+            self.bad_indices = torch.empty(
+                self.n_cells, dtype=torch.int32, device=dense.device
+            )
+        launch(
+            _scatter,
+            (self.n_cells,),
+            counts.crow.contiguous(),
+            counts.col.contiguous(),
+            counts.values.contiguous(),
+            dense,
+            self.bad_indices,
+            counts.values.numel(),
+            self.n_genes,
+            genes.start,
+            dense.shape[1],
+            BLOCK=512,
+            num_warps=4,
+        )
+        return dense, *dense.stride()
+
+
+def _slots(chunks: list[slice], split: int) -> list[int]:
+    """Number of each chunk's first split, and how many splits all chunks have."""
+    sizes = (triton.cdiv(genes.stop - genes.start, split) for genes in chunks)
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+#: Rows and genes of a tile, by whether it takes products itself: at most 16 elements a thread.
+_TILES_OVER_GENES = {True: {"ROWS": 64, "GENES": 32}, False: {"ROWS": 16, "GENES": 128}}
+_TILES_OVER_ROWS = {True: {"ROWS": 64, "GENES": 32}, False: {"ROWS": 32, "GENES": 64}}
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the negative log-likelihood of each cell.
+
+    Parameters
+    ----------
+    inputs
+        As for ``decoder_fast.reference.count_nll.forward``, in float32.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``nll``, ``lse`` (zeros under softplus) and ``usum``; each (S, N), float32.
+
+    Raises
+    ------
+    ValueError
+        In the interpreter, if a count is negative or not finite, or CSR indices do not fit their
+        shape. On a GPU both are assertions on the device.
+    """
+    problem = _Problem(inputs)
+    n_rows, n_genes = problem.n_rows, problem.n_genes
+    shape = inputs.hidden.shape[:2]
+    tile = _TILES_OVER_GENES[problem.fused]
+    row_tiles = triton.cdiv(n_rows, tile["ROWS"])
+    chunks = list(problem.chunks())
+    split = _split_size(chunks[0].stop, tile["GENES"], row_tiles)
+    slots = _slots(chunks, split)
+    partial = inputs.hidden.new_empty(2, slots[-1], n_rows)
+    options = {**problem.products, **tile, "num_warps": 4}
+
+    scale_chunk = lse = None
+    if problem.softmax:
+        for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
+            scale_chunk = problem.logits("scale", genes)
+            launch(
+                _log_sum_exp,
+                (row_tiles, end - slot),
+                problem.hidden,
+                problem.weight("scale", genes),
+                problem.bias("scale", genes),
+                scale_chunk,
+                partial[0, slot:],
+                partial[1, slot:],
+                n_rows,
+                genes.stop - genes.start,
+                problem.n_hidden,
+                split,
+                **options,
+            )
+        lse = inputs.hidden.new_empty(n_rows)
+        launch(
+            _combine_log_sum_exp,
+            (triton.cdiv(n_rows, 128),),
+            *partial,
+            lse,
+            n_rows,
+            slots[-1],
+            ROWS=128,
+            num_warps=4,
+        )
+    bad = torch.empty(row_tiles * slots[-1], dtype=torch.int32, device=partial.device)
+    for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
+        if scale_chunk is None or len(chunks) > 1:  # one chunk's logits are still there
+            scale_chunk = problem.logits("scale", genes)
+        r, r_bias, *r_layout, by_gene = problem.dispersion(genes)
+        x, *x_strides = problem.counts(genes)
+        launch(
+            _likelihood,
+            (row_tiles, end - slot),
+            problem.hidden,
+            problem.library,
+            lse,
+            problem.weight("scale", genes),
+            problem.bias("scale", genes),
+            problem.weight("dropout", genes),
+            problem.bias("dropout", genes),
+            r,
+            r_bias,
+            x,
+            scale_chunk,
+            problem.logits("dropout", genes),
+            partial[0, slot:],
+            partial[1, slot:],
+            bad[row_tiles * slot :],
+            n_rows,
+            problem.n_cells,
+            genes.stop - genes.start,
+            problem.n_hidden,
+            split,
+            *r_layout,
+            *x_strides,
+            R_BY_GENE=by_gene,
+            LIKELIHOOD=inputs.likelihood,
+            **options,
+        )
+    if problem.bad_indices is not None:
+        inputs.counts.require_indices(problem.bad_indices)
+    inputs.counts.require_counts(bad)
+    log_prob, usum = partial.sum(1)
+    lse = torch.zeros_like(usum) if lse is None else lse
+    return -log_prob.view(shape), lse.view(shape), usum.view(shape)
+
+
+class _Sum:
+    """A gradient that is a sum over splits: written split by split, then added in order."""
+
+    def __init__(self, out: Tensor, n_splits: int) -> None:
+        self.out = out
+        self.splits = out if n_splits == 1 else out.new_empty(n_splits, *out.shape)
+
+    def finish(self) -> None:
+        if self.splits is not self.out:
+            torch.sum(self.splits, 0, out=self.out)
+
+
+def _gradients_of_chunk(
+    problem: _Problem,
+    genes: slice,
+    row_numbers: tuple[Tensor | None, ...],
+    cells_by_label: tuple[Tensor, Tensor] | None,
+    out: dict[str, Tensor],
+) -> None:
+    """Compute what ``out`` asks for that sums over rows; on the chunked route add to ``hidden``."""
+    n_rows, n_chunk = problem.n_rows, genes.stop - genes.start
+    tile = _TILES_OVER_ROWS[problem.fused]
+    gene_tiles = triton.cdiv(n_chunk, tile["GENES"])
+    split = _split_size(n_rows, tile["ROWS"], gene_tiles)
+    n_splits = triton.cdiv(n_rows, split)
+
+    r, r_bias, *r_layout, by_gene = problem.dispersion(genes)
+    r_chunk = None
+    if cells_by_label is not None:
+        r_chunk = problem.buffer("d_r", n_rows, genes)
+    elif "r" in problem.heads and out.keys() & {"hidden", "r_weight", "r_bias"}:
+        r_chunk = r  # each element is read before it is overwritten
+    sums = {}
+    for name, total in out.items():
+        in_kernel = "bias" in name or (name == "px_r" and r_chunk is None)
+        if in_kernel or (problem.fused and "weight" in name):
+            kernel_name = "r" if name in ("r_bias", "px_r") else name
+            sums[kernel_name] = _Sum(total[genes], n_splits)
+    if problem.fused and not sums:
+        return
+
+    def splits(name: str) -> Tensor | None:
+        return sums[name].splits if name in sums else None
+
+    x, *x_strides = problem.counts(genes)
+    chunks = {name: problem.logits(name, genes) for name in ("scale", "dropout")}
+    launch(
+        _gradients_by_gene,
+        (gene_tiles, n_splits),
+        problem.hidden,
+        *row_numbers,
+        problem.weight("scale", genes),
+        problem.bias("scale", genes),
+        problem.weight("dropout", genes),
+        problem.bias("dropout", genes),
+        r,
+        r_bias,
+        x,
+        chunks["scale"],
+        chunks["dropout"],
+        r_chunk,
+        splits("scale_weight"),
+        splits("scale_bias"),
+        splits("dropout_weight"),
+        splits("dropout_bias"),
+        splits("r"),
+        n_rows,
+        problem.n_cells,
+        n_chunk,
+        problem.n_hidden,
+        split,
+        *r_layout,
+        *x_strides,
+        R_BY_GENE=by_gene,
+        LIKELIHOOD=problem.inputs.likelihood,
+        D_R=r_chunk is not None or "r" in sums,
+        **problem.products,
+        **tile,
+        num_warps=4,
+    )
+    for total in sums.values():
+        total.finish()
+    if cells_by_label is not None:
+        launch(
+            _sum_by_label,
+            (triton.cdiv(n_chunk, 128), out["px_r"].shape[1]),
+            r_chunk,
+            *cells_by_label,
+            out["px_r"][genes],
+            problem.n_cells,
+            n_rows // problem.n_cells,
+            n_chunk,
+            out["px_r"].shape[1],
+            GENES=128,
+            num_warps=1,
+        )
+    if problem.fused:
+        return
+    if "r" in problem.heads and r_chunk is not None:
+        chunks["r"] = r_chunk
+    for name, chunk in chunks.items():
+        if chunk is None:
+            continue
+        if f"{name}_weight" in out:
+            torch.mm(chunk.t(), problem.hidden, out=out[f"{name}_weight"][genes])
+        if "hidden" in out:
+            out["hidden"].addmm_(chunk, problem.heads[name][genes])
+
+
+def _fused_gradient_of_hidden(
+    problem: _Problem, row_numbers: tuple[Tensor | None, ...], d_hidden: Tensor
+) -> None:
+    tile = _TILES_OVER_GENES[True]
+    row_tiles = triton.cdiv(problem.n_rows, tile["ROWS"])
+    chunks = list(problem.chunks())
+    split = _split_size(chunks[0].stop, tile["GENES"], row_tiles)
+    slots = _slots(chunks, split)
+    total = _Sum(d_hidden, slots[-1])
+    splits = total.splits.view(slots[-1], *d_hidden.shape)
+    for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
+        x, *x_strides = problem.counts(genes)
+        launch(
+            _gradient_of_hidden,
+            (row_tiles, end - slot),
+            problem.hidden,
+            *row_numbers,
+            problem.weight("scale", genes),
+            problem.bias("scale", genes),
+            problem.weight("dropout", genes),
+            problem.bias("dropout", genes),
+            problem.dispersion(genes)[0],
+            x,
+            splits[slot:],
+            problem.n_rows,
+            problem.n_cells,
+            genes.stop - genes.start,
+            problem.n_hidden,
+            split,
+            *x_strides,
+            LIKELIHOOD=problem.inputs.likelihood,
+            HIDDEN=problem.products["HIDDEN"],
+            PRECISION=problem.products["PRECISION"],
+            **tile,
+            num_warps=4,
+        )
+    total.finish()
+
+
+def backward(
+    inputs: Inputs, grad: Tensor, lse: Tensor, usum: Tensor, wanted: frozenset[str]
+) -> dict[str, Tensor]:
+    """Compute gradients.
+
+    Parameters
+    ----------
+    inputs
+        As in :func:`forward`.
+    grad
+        (S, N) gradient with respect to each cell's negative log-likelihood.
+    lse, usum
+        As returned by :func:`forward`.
+    wanted
+        Names of the fields of ``inputs`` to differentiate; products of others are not computed.
+
+    Returns
+    -------
+    dict
+        Gradient by field name.
+    """
+    gradients = {
+        name: torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for name in wanted
+        if name != "library" and (tensor := getattr(inputs, name)) is not None
+    }
+    if gradients:
+        problem = _Problem(inputs)
+        row_numbers = (
+            problem.library,
+            lse.reshape(-1) if problem.softmax else None,
+            usum.reshape(-1),
+            -grad.reshape(-1),
+        )
+        cells_by_label = None
+        if problem.has_table and "px_r" in gradients:
+            assert inputs.px_r_index is not None
+            labels, order = torch.sort(inputs.px_r_index, stable=True)
+            every = torch.arange(gradients["px_r"].shape[1] + 1, device=labels.device)
+            cells_by_label = (order, torch.searchsorted(labels, every))
+        out = dict(gradients)
+        if "hidden" in out:
+            out["hidden"] = out["hidden"].view(problem.hidden.shape)
+            if problem.fused:
+                _fused_gradient_of_hidden(problem, row_numbers, out.pop("hidden"))
+            else:
+                out["hidden"].zero_()
+        if out:
+            for genes in problem.chunks():
+                _gradients_of_chunk(problem, genes, row_numbers, cells_by_label, out)
+    if "library" in wanted:
+        gradients["library"] = -grad * usum
+    return gradients
