@@ -41,7 +41,8 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """``accumulator + a @ b`` of float32 tiles, multiplied as ``PRECISION`` says."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

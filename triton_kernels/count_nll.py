@@ -124,13 +124,14 @@ def _terms(
     slope_theta,
     d,
     LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
     VALUE: tl.constexpr,
     D_THETA: tl.constexpr,
 ):
     """Log-likelihood, and derivatives by log(mu), log(theta), dropout logits, of each element.
 
     Those that are not asked for (``VALUE``, ``D_THETA``) or that the likelihood lacks are any
-    number. Symbols as in ``decoder_fast/reference/log_prob.py``.
+    number. Without ``FRACTIONS`` no count lies between zero and one. Symbols as in ``decoder_fast/reference/log_prob.py``.
     """
     counted = x > 0.0
     x1 = tl.where(counted, x, 1.0)  # a count to divide by
@@ -141,7 +142,11 @@ def _terms(
             near = tl.abs(difference) < 0.5 * x1
             log_x = tl.log(x1)
             log_ratio = tl.where(near, log1p(tl.where(near, difference / x1, 0.0)), log_mu - log_x)
-            at_mean = 0.5 * (log_x + 1.8378770664093453) + _binet(x1, log_x)
+            if FRACTIONS:
+                binet_x = _binet(x1, log_x)
+            else:
+                binet_x = _binet_above_one(1.0 / x1)
+            at_mean = 0.5 * (log_x + 1.8378770664093453) + binet_x
             value = tl.where(counted, x * log_ratio - at_mean, 0.0) - difference
         return value, -difference, value, value
 
@@ -155,8 +160,7 @@ def _terms(
     if VALUE:
         n = x1 + theta
         gamma = 0.5 * (log_theta - tl.log(x1 * n) - 1.8378770664093453) - binet_theta
-        # Counts below one are rare: no logarithms for them where there are none.
-        if tl.max(tl.where(x1 < 1.0, 1, 0)) > 0:
+        if FRACTIONS:
             gamma += _binet(n, tl.log(n)) - _binet(x1, tl.log(x1))
         else:
             gamma += _binet_above_one(1.0 / n) - _binet_above_one(1.0 / x1)
@@ -169,9 +173,10 @@ def _terms(
         inverse_n = 1.0 / (x1 + theta)
         d_theta = _saturation_minus_log1p(z, difference * inverse_t, log1p_z)
         d_theta = theta * (d_theta - _EPS * mu * inverse_t / theta_eps)
-        slope = _binet_slope_above_one(inverse_n)
-        if tl.max(tl.where(x1 < 1.0, 1, 0)) > 0:
+        if FRACTIONS:
             slope = _binet_slope(x1 + theta, tl.log(x1 + theta))
+        else:
+            slope = _binet_slope_above_one(inverse_n)
         of_gamma = inverse_n * (0.5 * x - theta * slope) + slope_theta
     if LIKELIHOOD == "nb":
         if D_THETA:
@@ -196,27 +201,12 @@ def _terms(
 
 
 @triton.jit
-def _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED: tl.constexpr, HIDDEN: tl.constexpr):
-    """Hidden units of a tile's rows, on the route that takes products itself."""
-    if FUSED:
-        units = tl.arange(0, HIDDEN)
-        inside = row_mask[:, None] & (units < n_hidden)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
-        return tl.load(hidden + offsets, mask=inside, other=0.0)
-    return rows
-
-
-@triton.jit
-def _weight_tile(
-    weight, genes, gene_mask, n_hidden, FUSED: tl.constexpr, HIDDEN: tl.constexpr
-):
-    """A head's weights of a tile's genes, on the route that takes products itself."""
-    if FUSED:
-        units = tl.arange(0, HIDDEN)
-        inside = gene_mask[:, None] & (units < n_hidden)[None, :]
-        offsets = genes.to(tl.int64)[:, None] * n_hidden + units[None, :]
-        return tl.load(weight + offsets, mask=inside, other=0.0)
-    return genes
+def _tile(matrix, rows, row_mask, n_hidden, HIDDEN: tl.constexpr):
+    """All hidden units of some rows of (rows, n_hidden)."""
+    units = tl.arange(0, HIDDEN)
+    mask = row_mask[:, None] & (units < n_hidden)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
+    return tl.load(matrix + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -230,16 +220,25 @@ def _logits(
     row_mask,
     gene_mask,
     n_genes,
+    n_hidden,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits of a head for a tile: the product of two tiles, or read from ``chunk``."""
+    """Logits of a head for a tile: a product over the hidden units, or read from ``chunk``."""
+    inside = row_mask[:, None] & gene_mask[None, :]
     if FUSED:
-        zeros = tl.zeros((hidden.shape[0], weight.shape[0]), tl.float32)
-        logits = dot(hidden, tl.trans(weight), zeros, PRECISION)
+        logits = tl.zeros((rows.shape[0], genes.shape[0]), tl.float32)
+        row_offsets = rows.to(tl.int64)[:, None] * n_hidden
+        gene_offsets = genes.to(tl.int64)[None, :] * n_hidden
+        for start in range(0, n_hidden, 32):  # a loop, lest registers hold whole operands
+            units = start + tl.arange(0, 32)
+            mask = row_mask[:, None] & (units < n_hidden)[None, :]
+            a = tl.load(hidden + row_offsets + units[None, :], mask=mask, other=0.0)
+            mask = gene_mask[None, :] & (units < n_hidden)[:, None]
+            b = tl.load(weight + gene_offsets + units[:, None], mask=mask, other=0.0)
+            logits = dot(a, b, logits, PRECISION)
     else:
         offsets = rows.to(tl.int64)[:, None] * n_genes + genes[None, :]
-        inside = row_mask[:, None] & gene_mask[None, :]
         logits = tl.load(chunk + offsets, mask=inside, other=0.0)
     if bias is not None:
         logits += tl.load(bias + genes, mask=gene_mask, other=0.0)[None, :]
@@ -251,25 +250,47 @@ def _mean(a, library, lse):
     """``log(mu)`` and ``mu`` of a tile; without ``lse`` the activation is softplus."""
     if lse is not None:
         log_mu = a + (library - lse)[:, None]
-        return log_mu, tl.exp(log_mu)
-    scale = softplus(a)
-    # log(softplus(a)) is a itself where softplus underflows
-    log_scale = tl.where(a < -30.0, a, tl.log(tl.maximum(scale, 1e-30)))
-    return log_scale + library[:, None], tl.exp(library)[:, None] * scale
+        mu = tl.exp(log_mu)
+    else:
+        scale = softplus(a)
+        mu = tl.exp(library)[:, None] * scale
+        # log(softplus(a)) is a itself where softplus underflows
+        log_scale = tl.where(a < -30.0, a, tl.log(tl.maximum(scale, 1e-30)))
+        log_mu = log_scale + library[:, None]
+    return log_mu, mu
 
 
 @triton.jit
-def _log_theta(
-    r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE: tl.constexpr
+def _dispersion(
+    r,
+    r_bias,
+    rows,
+    genes,
+    row_mask,
+    gene_mask,
+    r_rows,
+    r_row,
+    r_gene,
+    R_BY_GENE: tl.constexpr,
+    SLOPE: tl.constexpr,
 ):
-    """Log inverse dispersion of a tile: by gene alone, or by row, of which there are ``r_rows``."""
+    """Inverse dispersion of a tile, its logarithm, and Binet's function of it or, if ``SLOPE``,
+    that function's slope: by gene alone, or by row, of which there are ``r_rows``.
+    """
     if R_BY_GENE:
-        return tl.load(r + genes, mask=gene_mask, other=0.0)[None, :]
-    offsets = (rows % r_rows).to(tl.int64)[:, None] * r_row + genes.to(tl.int64)[None, :] * r_gene
-    log_theta = tl.load(r + offsets, mask=row_mask[:, None] & gene_mask[None, :], other=0.0)
-    if r_bias is not None:
-        log_theta += tl.load(r_bias + genes, mask=gene_mask, other=0.0)[None, :]
-    return log_theta
+        log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)
+    else:
+        row_offsets = (rows % r_rows).to(tl.int64) * r_row
+        offsets = row_offsets[:, None] + genes.to(tl.int64)[None, :] * r_gene
+        inside = row_mask[:, None] & gene_mask[None, :]
+        log_theta = tl.load(r + offsets, mask=inside, other=0.0)
+        if r_bias is not None:
+            log_theta += tl.load(r_bias + genes, mask=gene_mask, other=0.0)[None, :]
+    theta = tl.exp(log_theta)
+    of_theta = _binet_slope(theta, log_theta) if SLOPE else _binet(theta, log_theta)
+    if R_BY_GENE:
+        log_theta, theta, of_theta = log_theta[None, :], theta[None, :], of_theta[None, :]
+    return log_theta, theta, of_theta
 
 
 @triton.jit
@@ -304,7 +325,6 @@ def _log_sum_exp(
     n_hidden,
     genes_a_split,
     FUSED: tl.constexpr,
-    HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     GENES: tl.constexpr,
@@ -312,17 +332,15 @@ def _log_sum_exp(
     """Maximum and sum of exponentials of the logits of some rows, over one split of the genes."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
-    hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED, HIDDEN)
     maximum = tl.full((ROWS,), -3e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     first = tl.program_id(1) * genes_a_split
     for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
         genes = start + tl.arange(0, GENES)
         gene_mask = genes < n_genes
-        weight_tile = _weight_tile(weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
         a = _logits(
-            hidden_tile, weight_tile, bias, chunk, rows, genes, row_mask, gene_mask, n_genes,
-            FUSED, PRECISION,
+            hidden, weight, bias, chunk, rows, genes, row_mask, gene_mask,
+            n_genes, n_hidden, FUSED, PRECISION,
         )  # fmt: skip
         a = tl.where(gene_mask[None, :], a, float("-inf"))
         highest = tl.maximum(maximum, tl.max(a, 1))
@@ -378,8 +396,8 @@ def _likelihood(
     x_gene,
     R_BY_GENE: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
     FUSED: tl.constexpr,
-    HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     GENES: tl.constexpr,
@@ -387,7 +405,6 @@ def _likelihood(
     """Log-likelihood, and its derivative by log(mu), of some rows over one split of the genes."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
-    hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED, HIDDEN)
     row_library = tl.load(library + rows, mask=row_mask, other=0.0)
     row_lse = lse
     if lse is not None:
@@ -401,32 +418,27 @@ def _likelihood(
     for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
         genes = start + tl.arange(0, GENES)
         gene_mask = genes < n_genes
-        scale_tile = _weight_tile(scale_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
         a = _logits(
-            hidden_tile, scale_tile, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
-            n_genes, FUSED, PRECISION,
+            hidden, scale_weight, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
+            n_genes, n_hidden, FUSED, PRECISION,
         )  # fmt: skip
         log_mu, mu = _mean(a, row_library, row_lse)
         counts, tile_bad = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
         any_bad = tl.maximum(any_bad, tile_bad)
         theta, log_theta, binet_theta, d = mu, mu, mu, mu
         if LIKELIHOOD != "poisson":
-            log_theta = _log_theta(
-                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE
-            )
-            theta = tl.exp(log_theta)
-            binet_theta = _binet(theta, log_theta)
+            log_theta, theta, binet_theta = _dispersion(
+                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE,
+                False,
+            )  # fmt: skip
         if LIKELIHOOD == "zinb":
-            dropout_tile = _weight_tile(
-                dropout_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN
-            )
             d = _logits(
-                hidden_tile, dropout_tile, dropout_bias, dropout_chunk, rows, genes, row_mask,
-                gene_mask, n_genes, FUSED, PRECISION,
+                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask, gene_mask,
+                n_genes, n_hidden, FUSED, PRECISION,
             )  # fmt: skip
         value, u, _, _ = _terms(
-            counts, log_mu, mu, theta, log_theta, binet_theta, binet_theta, d, LIKELIHOOD, True,
-            False,
+            counts, log_mu, mu, theta, log_theta, binet_theta, binet_theta, d, LIKELIHOOD,
+            FRACTIONS, True, False,
         )  # fmt: skip
         value = tl.sum(tl.where(gene_mask[None, :], value, 0.0), 1)
         u = tl.sum(tl.where(gene_mask[None, :], u, 0.0), 1)
@@ -452,12 +464,14 @@ def _gradients(
     d,
     inside,
     LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
     D_R: tl.constexpr,
 ):
     """Gradients of the loss by logits, log dispersion and dropout logits of a tile."""
     log_mu, mu = _mean(a, row_library, row_lse)
     _, u, d_r, d_dropout = _terms(
-        counts, log_mu, mu, theta, log_theta, slope_theta, slope_theta, d, LIKELIHOOD, False, D_R
+        counts, log_mu, mu, theta, log_theta, slope_theta, slope_theta, d, LIKELIHOOD,
+        FRACTIONS, False, D_R,
     )
     if row_lse is not None:
         u -= tl.exp(a - row_lse[:, None]) * row_usum[:, None]
@@ -488,9 +502,8 @@ def _gradients_by_gene(
     scale_chunk,
     dropout_chunk,
     r_chunk,
-    d_scale_weight,
+    d_weight,
     d_scale_bias,
-    d_dropout_weight,
     d_dropout_bias,
     d_r,
     n_rows,
@@ -505,7 +518,9 @@ def _gradients_by_gene(
     x_gene,
     R_BY_GENE: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
     D_R: tl.constexpr,
+    DROPOUT_PRODUCTS: tl.constexpr,
     FUSED: tl.constexpr,
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -514,18 +529,13 @@ def _gradients_by_gene(
 ):
     """Gradients that sum over rows, for some genes and one split of the rows.
 
-    The fused route takes the products with the hidden units along the way. The chunked one
-    overwrites the logits (of ``r_chunk`` too, where it is given) with their gradients.
+    The fused route takes the products of one head's gradients with the hidden units along the way:
+    those of two would spill. The chunked one overwrites the logits (of ``r_chunk`` too, where it is given) with their gradients.
     """
     genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
     gene_mask = genes < n_genes
-    scale_tile = _weight_tile(scale_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
-    dropout_tile = scale_tile
-    if LIKELIHOOD == "zinb":
-        dropout_tile = _weight_tile(dropout_weight, genes, gene_mask, n_hidden, FUSED, HIDDEN)
     if FUSED:
-        scale_products = tl.zeros((GENES, HIDDEN), tl.float32)
-        dropout_products = tl.zeros((GENES, HIDDEN), tl.float32)
+        products = tl.zeros((GENES, HIDDEN), tl.float32)
     scale_sum = tl.zeros((GENES,), tl.float32)
     scale_rest = tl.zeros((GENES,), tl.float32)
     dropout_sum = tl.zeros((GENES,), tl.float32)
@@ -538,10 +548,9 @@ def _gradients_by_gene(
         row_mask = rows < n_rows
         inside = row_mask[:, None] & gene_mask[None, :]
         chunk_offsets = rows.to(tl.int64)[:, None] * n_genes + genes[None, :]
-        hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, FUSED, HIDDEN)
         a = _logits(
-            hidden_tile, scale_tile, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
-            n_genes, FUSED, PRECISION,
+            hidden, scale_weight, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
+            n_genes, n_hidden, FUSED, PRECISION,
         )  # fmt: skip
         row_library = tl.load(library + rows, mask=row_mask, other=0.0)
         row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
@@ -552,26 +561,24 @@ def _gradients_by_gene(
         counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
         theta, log_theta, slope_theta, d = a, a, a, a
         if LIKELIHOOD != "poisson":
-            log_theta = _log_theta(
-                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE
-            )
-            theta = tl.exp(log_theta)
-            if D_R:
-                slope_theta = _binet_slope(theta, log_theta)
+            log_theta, theta, slope_theta = _dispersion(
+                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE,
+                True,
+            )  # fmt: skip
         if LIKELIHOOD == "zinb":
             d = _logits(
-                hidden_tile, dropout_tile, dropout_bias, dropout_chunk, rows, genes, row_mask,
-                gene_mask, n_genes, FUSED, PRECISION,
+                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask, gene_mask,
+                n_genes, n_hidden, FUSED, PRECISION,
             )  # fmt: skip
         d_a, d_log_theta, d_d = _gradients(
             a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, slope_theta,
-            d, inside, LIKELIHOOD, D_R,
+            d, inside, LIKELIHOOD, FRACTIONS, D_R,
         )  # fmt: skip
         if FUSED:
-            if d_scale_weight is not None:
-                scale_products = dot(tl.trans(d_a), hidden_tile, scale_products, PRECISION)
-            if d_dropout_weight is not None:
-                dropout_products = dot(tl.trans(d_d), hidden_tile, dropout_products, PRECISION)
+            if d_weight is not None:
+                d_head = d_d if DROPOUT_PRODUCTS else d_a
+                hidden_tile = _tile(hidden, rows, row_mask, n_hidden, HIDDEN)
+                products = dot(tl.trans(d_head), hidden_tile, products, PRECISION)
         else:
             tl.store(scale_chunk + chunk_offsets, d_a, mask=inside)
             if LIKELIHOOD == "zinb":
@@ -594,10 +601,8 @@ def _gradients_by_gene(
         units = tl.arange(0, HIDDEN)
         stored = gene_mask[:, None] & (units < n_hidden)[None, :]
         offsets = split_genes[:, None] * n_hidden + units[None, :]
-        if d_scale_weight is not None:
-            tl.store(d_scale_weight + offsets, scale_products, mask=stored)
-        if d_dropout_weight is not None:
-            tl.store(d_dropout_weight + offsets, dropout_products, mask=stored)
+        if d_weight is not None:
+            tl.store(d_weight + offsets, products, mask=stored)
 
 
 @triton.jit
@@ -622,6 +627,7 @@ def _gradient_of_hidden(
     x_row,
     x_gene,
     LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -630,7 +636,6 @@ def _gradient_of_hidden(
     """Gradient by the hidden units of some rows, over one split of the genes: the fused route."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
-    hidden_tile = _hidden_tile(hidden, rows, row_mask, n_hidden, True, HIDDEN)
     row_library = tl.load(library + rows, mask=row_mask, other=0.0)
     row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
     row_weight = tl.load(row_weights + rows, mask=row_mask, other=0.0)
@@ -643,28 +648,29 @@ def _gradient_of_hidden(
         genes = start + tl.arange(0, GENES)
         gene_mask = genes < n_genes
         inside = row_mask[:, None] & gene_mask[None, :]
-        scale_tile = _weight_tile(scale_weight, genes, gene_mask, n_hidden, True, HIDDEN)
         a = _logits(
-            hidden_tile, scale_tile, scale_bias, hidden, rows, genes, row_mask, gene_mask,
-            n_genes, True, PRECISION,
+            hidden, scale_weight, scale_bias, hidden, rows, genes, row_mask, gene_mask,
+            n_genes, n_hidden, True, PRECISION,
         )  # fmt: skip
         counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
-        theta, log_theta, d, dropout_tile = a, a, a, a
+        theta, log_theta, d = a, a, a
         if LIKELIHOOD != "poisson":
-            log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)[None, :]
-            theta = tl.exp(log_theta)
+            log_theta, theta, _ = _dispersion(
+                r, None, rows, genes, row_mask, gene_mask, 1, 0, 1, True, True
+            )
         if LIKELIHOOD == "zinb":
-            dropout_tile = _weight_tile(dropout_weight, genes, gene_mask, n_hidden, True, HIDDEN)
             d = _logits(
-                hidden_tile, dropout_tile, dropout_bias, hidden, rows, genes, row_mask, gene_mask,
-                n_genes, True, PRECISION,
+                hidden, dropout_weight, dropout_bias, hidden, rows, genes, row_mask, gene_mask,
+                n_genes, n_hidden, True, PRECISION,
             )  # fmt: skip
         d_a, _, d_d = _gradients(
             a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, theta, d,
-            inside, LIKELIHOOD, False,
+            inside, LIKELIHOOD, FRACTIONS, False,
         )  # fmt: skip
+        scale_tile = _tile(scale_weight, genes, gene_mask, n_hidden, HIDDEN)
         products = dot(d_a, scale_tile, products, PRECISION)
         if LIKELIHOOD == "zinb":
+            dropout_tile = _tile(dropout_weight, genes, gene_mask, n_hidden, HIDDEN)
             products = dot(d_d, dropout_tile, products, PRECISION)
     units = tl.arange(0, HIDDEN)
     offsets = (tl.program_id(1).to(tl.int64) * n_rows + rows)[:, None] * n_hidden + units[None, :]
@@ -781,9 +787,10 @@ class _Problem:
         self.softmax = inputs.scale_activation == "softmax"
         self.products = {
             "FUSED": self.fused,
-            "HIDDEN": max(16, triton.next_power_of_2(self.n_hidden)) if self.fused else 16,
             "PRECISION": product_precision() if self.fused else "ieee",
         }
+        # All hidden units in one tile, where the fused route sums products with them.
+        self.hidden_tile = max(16, triton.next_power_of_2(self.n_hidden)) if self.fused else 16
         self.heads = {
             name: weight.contiguous()
             for name in ("scale", "dropout", "r")
@@ -795,6 +802,8 @@ class _Problem:
         fitting = CHUNK_BYTES // (4 * numbers) if numbers else self.n_genes
         # A multiple of 64 genes keeps every chunk's first address aligned.
         self.step = max(64, min(fitting, triton.cdiv(self.n_genes, 64) * 64) // 64 * 64)
+        values = inputs.counts.values if inputs.counts.dense is None else inputs.counts.dense
+        self.fractions = values.is_floating_point()
         self._buffers: dict[str, Tensor] = {}
         self.bad_indices: Tensor | None = None
 
@@ -871,9 +880,11 @@ def _slots(chunks: list[slice], split: int) -> list[int]:
     return list(itertools.accumulate(sizes, initial=0))
 
 
-#: Rows and genes of a tile, by whether it takes products itself: at most 16 elements a thread.
-_TILES_OVER_GENES = {True: {"ROWS": 64, "GENES": 32}, False: {"ROWS": 16, "GENES": 128}}
-_TILES_OVER_ROWS = {True: {"ROWS": 64, "GENES": 32}, False: {"ROWS": 32, "GENES": 64}}
+# Tiles. Of the likelihood's many temporaries a thread holds those of 4 elements; more spill.
+_TILE = {"ROWS": 4, "GENES": 128, "num_warps": 4}
+_TILE_BY_GENE = {"ROWS": 8, "GENES": 64, "num_warps": 4, "maxnreg": 128}
+_FUSED_TILE = {"ROWS": 32, "GENES": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 168}
+_FUSED_TILE_OF_HIDDEN = {**_FUSED_TILE, "GENES": 16}
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -898,13 +909,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     problem = _Problem(inputs)
     n_rows, n_genes = problem.n_rows, problem.n_genes
     shape = inputs.hidden.shape[:2]
-    tile = _TILES_OVER_GENES[problem.fused]
+    tile = _FUSED_TILE if problem.fused else _TILE
     row_tiles = triton.cdiv(n_rows, tile["ROWS"])
     chunks = list(problem.chunks())
     split = _split_size(chunks[0].stop, tile["GENES"], row_tiles)
     slots = _slots(chunks, split)
     partial = inputs.hidden.new_empty(2, slots[-1], n_rows)
-    options = {**problem.products, **tile, "num_warps": 4}
+    options = {**problem.products, **tile}
 
     scale_chunk = lse = None
     if problem.softmax:
@@ -969,6 +980,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
             *x_strides,
             R_BY_GENE=by_gene,
             LIKELIHOOD=inputs.likelihood,
+            FRACTIONS=problem.fractions,
             **options,
         )
     if problem.bad_indices is not None:
@@ -1000,7 +1012,7 @@ def _gradients_of_chunk(
 ) -> None:
     """Compute what ``out`` asks for that sums over rows; on the chunked route add to ``hidden``."""
     n_rows, n_chunk = problem.n_rows, genes.stop - genes.start
-    tile = _TILES_OVER_ROWS[problem.fused]
+    tile = _FUSED_TILE if problem.fused else _TILE_BY_GENE
     gene_tiles = triton.cdiv(n_chunk, tile["GENES"])
     split = _split_size(n_rows, tile["ROWS"], gene_tiles)
     n_splits = triton.cdiv(n_rows, split)
@@ -1011,56 +1023,60 @@ def _gradients_of_chunk(
         r_chunk = problem.buffer("d_r", n_rows, genes)
     elif "r" in problem.heads and out.keys() & {"hidden", "r_weight", "r_bias"}:
         r_chunk = r  # each element is read before it is overwritten
-    sums = {}
-    for name, total in out.items():
-        in_kernel = "bias" in name or (name == "px_r" and r_chunk is None)
-        if in_kernel or (problem.fused and "weight" in name):
-            kernel_name = "r" if name in ("r_bias", "px_r") else name
-            sums[kernel_name] = _Sum(total[genes], n_splits)
-    if problem.fused and not sums:
-        return
-
-    def splits(name: str) -> Tensor | None:
-        return sums[name].splits if name in sums else None
-
     x, *x_strides = problem.counts(genes)
     chunks = {name: problem.logits(name, genes) for name in ("scale", "dropout")}
-    launch(
-        _gradients_by_gene,
-        (gene_tiles, n_splits),
-        problem.hidden,
-        *row_numbers,
-        problem.weight("scale", genes),
-        problem.bias("scale", genes),
-        problem.weight("dropout", genes),
-        problem.bias("dropout", genes),
-        r,
-        r_bias,
-        x,
-        chunks["scale"],
-        chunks["dropout"],
-        r_chunk,
-        splits("scale_weight"),
-        splits("scale_bias"),
-        splits("dropout_weight"),
-        splits("dropout_bias"),
-        splits("r"),
-        n_rows,
-        problem.n_cells,
-        n_chunk,
-        problem.n_hidden,
-        split,
-        *r_layout,
-        *x_strides,
-        R_BY_GENE=by_gene,
-        LIKELIHOOD=problem.inputs.likelihood,
-        D_R=r_chunk is not None or "r" in sums,
-        **problem.products,
-        **tile,
-        num_warps=4,
-    )
-    for total in sums.values():
-        total.finish()
+    sums = {
+        name: _Sum(out[key][genes], n_splits)
+        for name, key in (
+            ("scale", "scale_bias"),
+            ("dropout", "dropout_bias"),
+            ("r", "r_bias" if cells_by_label or "r_bias" in out else "px_r"),
+        )
+        if key in out
+    }
+    weights = [head for head in ("scale", "dropout") if problem.fused and f"{head}_weight" in out]
+    for head in weights or [None]:  # the products of one head a launch, all else in the first
+        if head is not None:
+            sums["products"] = _Sum(out[f"{head}_weight"][genes], n_splits)
+        splits = {name: total.splits for name, total in sums.items()}
+        launch(
+            _gradients_by_gene,
+            (gene_tiles, n_splits),
+            problem.hidden,
+            *row_numbers,
+            problem.weight("scale", genes),
+            problem.bias("scale", genes),
+            problem.weight("dropout", genes),
+            problem.bias("dropout", genes),
+            r,
+            r_bias,
+            x,
+            chunks["scale"],
+            chunks["dropout"],
+            r_chunk,
+            splits.get("products"),
+            splits.get("scale"),
+            splits.get("dropout"),
+            splits.get("r"),
+            n_rows,
+            problem.n_cells,
+            n_chunk,
+            problem.n_hidden,
+            split,
+            *r_layout,
+            *x_strides,
+            R_BY_GENE=by_gene,
+            LIKELIHOOD=problem.inputs.likelihood,
+            FRACTIONS=problem.fractions,
+            D_R=r_chunk is not None or "r" in sums,
+            DROPOUT_PRODUCTS=head == "dropout",
+            HIDDEN=problem.hidden_tile,
+            **problem.products,
+            **tile,
+        )
+        for total in sums.values():
+            total.finish()
+        sums = {}
     if cells_by_label is not None:
         launch(
             _sum_by_label,
@@ -1091,7 +1107,7 @@ def _gradients_of_chunk(
 def _fused_gradient_of_hidden(
     problem: _Problem, row_numbers: tuple[Tensor | None, ...], d_hidden: Tensor
 ) -> None:
-    tile = _TILES_OVER_GENES[True]
+    tile = _FUSED_TILE_OF_HIDDEN
     row_tiles = triton.cdiv(problem.n_rows, tile["ROWS"])
     chunks = list(problem.chunks())
     split = _split_size(chunks[0].stop, tile["GENES"], row_tiles)
@@ -1119,10 +1135,10 @@ def _fused_gradient_of_hidden(
             split,
             *x_strides,
             LIKELIHOOD=problem.inputs.likelihood,
-            HIDDEN=problem.products["HIDDEN"],
+            FRACTIONS=problem.fractions,
+            HIDDEN=problem.hidden_tile,
             PRECISION=problem.products["PRECISION"],
             **tile,
-            num_warps=4,
         )
     total.finish()
 
