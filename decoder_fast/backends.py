@@ -63,7 +63,8 @@ def _missing_triton() -> str | None:
 
 def _interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU: to debug and test, slowly."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+    asked = os.environ.get("TRITON_INTERPRET") == "1"
+    return asked and importlib.util.find_spec("triton") is not None
 
 
 def _missing_native() -> str | None:
@@ -104,7 +105,7 @@ def _triton_reason(
 
 
 def _no_kernel(dtype: torch.dtype, likelihood: str | None) -> str | None:
-    """What no kernel, for whatever device, computes; or None."""
+    """Say what no kernel, for whatever device, computes; or None."""
     if dtype != torch.float32:
         return f"its kernels compute in float32, and the tensors are {dtype}"
     if likelihood == "normal":

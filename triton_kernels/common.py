@@ -28,6 +28,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Launch a kernel on the device of its first tensor, on torch's current stream there."""
     if 0 in grid:
         return
+    if torch.version.hip:
+        options.pop("maxnreg", None)  # NVIDIA's alone
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -16,7 +16,7 @@ Gamma functions
 With Binet's function ``S(v) = lgamma(v) - ((v - 1/2) log(v) - v + log(2 pi) / 2)`` the log
 probability of the negative binomial is that of a mean equal to the count, which is
 ``-log(2 pi x (x + theta) / theta) / 2 + S(x + theta) - S(theta) - S(x)``, plus a deviance, which is
-``x log(mu / x) - (x + theta) log((mu + theta) / (x + theta))``: each part is about as small as the
+``x log1p(theta (mu - x) / (x (mu + theta))) - theta log((mu + theta) / (x + theta))``: each part is about as small as the
 result, where ``lgamma(x + theta) - lgamma(theta)`` cancels. ``S`` is a short polynomial in ``1/v``,
 so that counts of zero need no kernel of their own (Loader 2000, Fast and accurate computation of
 binomial probabilities).
@@ -95,7 +95,7 @@ def _binet_slope(v, log_v):
 
 @triton.jit
 def _log_ratio(difference, numerator, denominator):
-    """``log(numerator / denominator)``, accurate for a ratio near one thanks to their difference."""
+    """``log(numerator / denominator)``, accurate near one thanks to their difference."""
     inverse = 1.0 / denominator
     relative = difference * inverse
     near = relative > -0.5
@@ -105,7 +105,7 @@ def _log_ratio(difference, numerator, denominator):
 
 @triton.jit
 def _saturation_minus_log1p(z, saturation, log1p_z):
-    """``saturation - log1p(z)``, ``saturation = z / (1 + z)``, without cancelling at small ``z``."""
+    """``saturation - log1p(z)``, with ``saturation = z / (1 + z)``, without cancellation."""
     y = z / (z + 2.0)
     y2 = y * y
     tail = y * (1 / 3.0 + y2 * (1 / 5.0 + y2 * (1 / 7.0)))
@@ -131,7 +131,8 @@ def _terms(
     """Log-likelihood, and derivatives by log(mu), log(theta), dropout logits, of each element.
 
     Those that are not asked for (``VALUE``, ``D_THETA``) or that the likelihood lacks are any
-    number. Without ``FRACTIONS`` no count lies between zero and one. Symbols as in ``decoder_fast/reference/log_prob.py``.
+    number. Without ``FRACTIONS`` no count lies between zero and one. Symbols as in
+    ``decoder_fast/reference/log_prob.py``.
     """
     counted = x > 0.0
     x1 = tl.where(counted, x, 1.0)  # a count to divide by
@@ -155,8 +156,8 @@ def _terms(
     t = mu + theta_eps
     inverse_t = 1.0 / t
     log1p_z = _log_ratio(difference, t, total)
-    minus_deviance = -(x + theta) * log1p_z
-    value = minus_deviance
+    of_zero = -theta * log1p_z  # all there is where the count is zero
+    value = of_zero
     if VALUE:
         n = x1 + theta
         gamma = 0.5 * (log_theta - tl.log(x1 * n) - 1.8378770664093453) - binet_theta
@@ -164,8 +165,10 @@ def _terms(
             gamma += _binet(n, tl.log(n)) - _binet(x1, tl.log(x1))
         else:
             gamma += _binet_above_one(1.0 / n) - _binet_above_one(1.0 / x1)
-        log_mu_x = _log_ratio(difference, mu + _EPS, x1 + _EPS)
-        value += tl.where(counted, x * log_mu_x + gamma, 0.0)
+        # log(mu / x) - log1p(z) as one logarithm, because x times either may be large
+        x_eps = x1 + _EPS
+        log_ratio = _log_ratio(theta * difference, (mu + _EPS) * total, x_eps * t)
+        value += tl.where(counted, x * log_ratio + gamma, 0.0)
     d_mu = theta * inverse_t * (x * (mu / (mu + _EPS)) - mu)
     d_theta = value
     if D_THETA:
@@ -183,20 +186,20 @@ def _terms(
             d_theta += tl.where(counted, of_gamma, 0.0)
         return value, d_mu, d_theta, value
 
-    s = minus_deviance - d  # where the count is zero
+    s = of_zero - d  # where the count is zero
     if VALUE:
         # softplus(s) - softplus(-d), its linear parts subtracted before they are rounded
         e_s = tl.exp(-tl.abs(s))
         e_d = tl.exp(-tl.abs(d))
         at_zero = log1p((e_s - e_d) / (1.0 + e_d))
-        at_zero += tl.maximum(minus_deviance, tl.minimum(d, 0.0))
+        at_zero += tl.maximum(of_zero, tl.minimum(d, 0.0))
         value = tl.where(counted, value - softplus(d), at_zero)
     sigmoid_s = sigmoid(s)
     d_mu *= tl.where(counted, 1.0, sigmoid_s)
     if D_THETA:
         d_theta = tl.where(counted, d_theta + of_gamma, d_theta * sigmoid_s)
     # where the count is zero sigmoid(-d) - sigmoid(s), as a product
-    difference_s = -expm1(minus_deviance) * sigmoid(-s) * sigmoid(-d)
+    difference_s = -expm1(of_zero) * sigmoid(-s) * sigmoid(-d)
     return value, d_mu, d_theta, tl.where(counted, -sigmoid(d), difference_s)
 
 
@@ -274,8 +277,9 @@ def _dispersion(
     R_BY_GENE: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """Inverse dispersion of a tile, its logarithm, and Binet's function of it or, if ``SLOPE``,
-    that function's slope: by gene alone, or by row, of which there are ``r_rows``.
+    """Logarithm of a tile's inverse dispersion, itself, and Binet's function of it.
+
+    With ``SLOPE`` that function's slope. By gene alone, or by row, of which there are ``r_rows``.
     """
     if R_BY_GENE:
         log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)
@@ -295,7 +299,7 @@ def _dispersion(
 
 @triton.jit
 def _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene):
-    """Counts of a tile, and 2 if one is negative or NaN, else 1 if one is infinite, else 0."""
+    """Load counts; with them 2 if one is negative or NaN, else 1 if one is infinite, else 0."""
     offsets = (rows % n_cells).to(tl.int64)[:, None] * x_row + genes.to(tl.int64)[None, :] * x_gene
     inside = row_mask[:, None] & gene_mask[None, :]
     counts = tl.load(x + offsets, mask=inside, other=0).to(tl.float32)
@@ -433,8 +437,8 @@ def _likelihood(
             )  # fmt: skip
         if LIKELIHOOD == "zinb":
             d = _logits(
-                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask, gene_mask,
-                n_genes, n_hidden, FUSED, PRECISION,
+                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask,
+                gene_mask, n_genes, n_hidden, FUSED, PRECISION,
             )  # fmt: skip
         value, u, _, _ = _terms(
             counts, log_mu, mu, theta, log_theta, binet_theta, binet_theta, d, LIKELIHOOD,
@@ -530,7 +534,8 @@ def _gradients_by_gene(
     """Gradients that sum over rows, for some genes and one split of the rows.
 
     The fused route takes the products of one head's gradients with the hidden units along the way:
-    those of two would spill. The chunked one overwrites the logits (of ``r_chunk`` too, where it is given) with their gradients.
+    those of two would spill. The chunked one overwrites the logits (of ``r_chunk`` too, where it is
+    given) with their gradients.
     """
     genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
     gene_mask = genes < n_genes
@@ -567,8 +572,8 @@ def _gradients_by_gene(
             )  # fmt: skip
         if LIKELIHOOD == "zinb":
             d = _logits(
-                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask, gene_mask,
-                n_genes, n_hidden, FUSED, PRECISION,
+                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask,
+                gene_mask, n_genes, n_hidden, FUSED, PRECISION,
             )  # fmt: skip
         d_a, d_log_theta, d_d = _gradients(
             a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, slope_theta,
@@ -812,7 +817,7 @@ class _Problem:
             yield slice(start, min(start + self.step, self.n_genes))
 
     def buffer(self, name: str, n_rows: int, genes: slice) -> Tensor:
-        """A (rows, genes of the chunk) matrix, in memory that all chunks share."""
+        """Return a (rows, genes of the chunk) matrix, in memory that all chunks share."""
         if name not in self._buffers:
             self._buffers[name] = self.hidden.new_empty(n_rows * min(self.step, self.n_genes))
         n_genes = genes.stop - genes.start
@@ -846,11 +851,11 @@ class _Problem:
         return looked_up, None, self.n_cells, 1, looked_up.stride(0), False
 
     def counts(self, genes: slice) -> tuple[Tensor, int, int]:
-        """Counts of a chunk, and their strides."""
+        """Return the counts of a chunk, dense, and their strides."""
         counts = self.inputs.counts
         if counts.dense is not None:
             dense = counts.dense[:, genes]
-            return dense, *dense.stride()
+            return dense, dense.stride(0), dense.stride(1)
         dense = self.buffer("counts", self.n_cells, genes).zero_()
         if self.bad_indices is None:
             self.bad_indices = torch.empty(
@@ -871,11 +876,11 @@ class _Problem:
             BLOCK=512,
             num_warps=4,
         )
-        return dense, *dense.stride()
+        return dense, dense.stride(0), dense.stride(1)
 
 
 def _slots(chunks: list[slice], split: int) -> list[int]:
-    """Number of each chunk's first split, and how many splits all chunks have."""
+    """Return the number of each chunk's first split, and the number of all splits."""
     sizes = (triton.cdiv(genes.stop - genes.start, split) for genes in chunks)
     return list(itertools.accumulate(sizes, initial=0))
 
@@ -907,7 +912,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         shape. On a GPU both are assertions on the device.
     """
     problem = _Problem(inputs)
-    n_rows, n_genes = problem.n_rows, problem.n_genes
+    n_rows = problem.n_rows
     shape = inputs.hidden.shape[:2]
     tile = _FUSED_TILE if problem.fused else _TILE
     row_tiles = triton.cdiv(n_rows, tile["ROWS"])
@@ -1035,8 +1040,8 @@ def _gradients_of_chunk(
         if key in out
     }
     weights = [head for head in ("scale", "dropout") if problem.fused and f"{head}_weight" in out]
-    for head in weights or [None]:  # the products of one head a launch, all else in the first
-        if head is not None:
+    for head in weights or [""]:  # the products of one head a launch, all else in the first
+        if head:
             sums["products"] = _Sum(out[f"{head}_weight"][genes], n_splits)
         splits = {name: total.splits for name, total in sums.items()}
         launch(

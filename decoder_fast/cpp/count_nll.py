@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..reference import count_nll as reference
 from ..reference.count_nll import Inputs
 from ..reference.counts import BAD_COUNT, INFINITE_COUNT
 
@@ -179,10 +178,6 @@ def _run(
         raise ValueError(f"{BAD_COUNT} (found {arguments.found:g})")
 
 
-def _is_empty(inputs: Inputs) -> bool:
-    return inputs.hidden.numel() == 0 or inputs.scale_weight.numel() == 0
-
-
 def _empty_values(inputs: Inputs) -> dict[str, Tensor]:
     shape = inputs.hidden.shape[:2]
     return {
@@ -200,8 +195,6 @@ def _empty_gradients(inputs: Inputs, wanted: frozenset[str]) -> dict[str, Tensor
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what :func:`decoder_fast.reference.count_nll.forward` computes."""
-    if _is_empty(inputs):
-        return reference.forward(inputs)
     values = _empty_values(inputs)
     _run(inputs, 0.0, values, {})
     return values["nll"], values["log_sum_exp"], values["d_log_mu"]
@@ -214,10 +207,6 @@ def forward_and_backward(
 
     In this order no product of the heads is taken twice.
     """
-    if _is_empty(inputs):
-        results = reference.forward(inputs)
-        grad = torch.full_like(results[0], upstream)
-        return results, reference.backward(inputs, grad, *results[1:], wanted)
     values = _empty_values(inputs)
     gradients = _empty_gradients(inputs, wanted)
     _run(inputs, upstream, values, gradients)
@@ -230,8 +219,6 @@ def backward(
     inputs: Inputs, grad: Tensor, lse: Tensor, usum: Tensor, wanted: frozenset[str]
 ) -> dict[str, Tensor]:
     """Compute what :func:`decoder_fast.reference.count_nll.backward` computes."""
-    if _is_empty(inputs):
-        return reference.backward(inputs, grad, lse, usum, wanted)
     gradients = _empty_gradients(inputs, wanted)
     if gradients:
         _run(inputs, grad, {}, gradients)

@@ -1,0 +1,509 @@
+"""The Triton kernels of ``count_nll``: in Triton's interpreter, or on a GPU where there is one.
+
+The truth is that of ``reference64.py``. Sizes exceed one tile in every dimension, with a remainder
+in each, on both routes; the chunks of genes are made small, so that there are several.
+"""
+
+from __future__ import annotations
+
+import interpreter
+import mpmath
+import pytest
+import reference64 as truth
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decoder_fast.functional import count_nll
+
+OPERATION = "count_nll"
+N, G, H = 41, 199, 37  # tiles have at most 32 rows and 128 genes, products steps of 32
+ROUTES = ["fused", "chunked"]
+EVERY = [
+    ("poisson", "none"),
+    *((likelihood, by) for likelihood in ("nb", "zinb") for by in ("gene", "table", "cell")),
+]
+
+
+@pytest.fixture
+def kernels(triton_device):
+    from decoder_fast.triton_kernels import count_nll as kernels
+
+    return kernels
+
+
+@pytest.fixture
+def several_chunks(kernels, monkeypatch):
+    """Chunks of 64 genes, where the kernels read genes by chunks."""
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
+
+
+@pytest.fixture
+def take(kernels, monkeypatch):
+    """Choose the route."""
+
+    def choose(route):
+        monkeypatch.setattr(kernels, "is_fused", lambda inputs: route == "fused")
+
+    return choose
+
+
+def offered(by, route):
+    return route == "chunked" or by in ("gene", "none")
+
+
+def problem(
+    likelihood,
+    by,
+    *,
+    n=N,
+    n_genes=G,
+    n_hidden=H,
+    n_samples=None,
+    bias=True,
+    seed=0,
+    theta=1.0,
+    fractions=False,
+):
+    """Counts and float32 parameters; ``theta`` scales the spread of the log dispersions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    lead = () if n_samples is None else (n_samples,)
+    parameters = {
+        "hidden": torch.relu(draw(*lead, n, n_hidden)),
+        "library": 5 + draw(*lead, n, 1),
+        "scale_weight": draw(n_genes, n_hidden) * 0.3,
+    }
+    heads = ["scale"]
+    if likelihood == "zinb":
+        parameters["dropout_weight"] = draw(n_genes, n_hidden) * 0.5
+        heads.append("dropout")
+    if by == "gene":
+        parameters["px_r"] = draw(n_genes) * theta
+    elif by == "table":  # the last label is nobody's
+        parameters["px_r"] = draw(n_genes, 6) * theta
+        parameters["px_r_index"] = torch.randint(0, 5, (n,), generator=generator)
+    elif by == "cell":
+        parameters["r_weight"] = draw(n_genes, n_hidden) * 0.3 * theta
+        heads.append("r")
+    if bias:
+        parameters |= {f"{head}_bias": draw(n_genes) for head in heads}
+    x = torch.poisson(torch.exp(draw(n, n_genes) + 0.5), generator=generator)
+    x *= torch.rand(n, n_genes, generator=generator) < 0.3
+    x[-1] = 0
+    if n_genes > 3 and n > 2:
+        x[0, 1] = 3000.0
+    return (x * 0.37 if fractions else x), parameters
+
+
+def evaluate(function, x, parameters, dtype, upstream=None, wanted=None, device="cpu", **options):
+    """The loss, and the gradients that are wanted, on the CPU."""
+    inputs = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in parameters.items()
+    }
+    names = [
+        name
+        for name, value in inputs.items()
+        if value.is_floating_point() and (wanted is None or name in wanted)
+    ]
+    for name in names:
+        inputs[name] = inputs[name].detach().requires_grad_()
+    arguments = dict(inputs)
+    positional = [arguments.pop(name) for name in ("hidden", "library", "scale_weight")]
+    nll = function(x.to(device), *positional, **arguments, **options)
+    if upstream is None:
+        generator = torch.Generator().manual_seed(7)
+        upstream = torch.randn(nll.shape, generator=generator)
+    gradients = torch.autograd.grad(
+        nll, [inputs[name] for name in names], upstream.to(device, dtype)
+    )
+    results = dict(zip(["nll", *names], [nll.detach(), *gradients], strict=True))
+    return {name: value.cpu() for name, value in results.items()}
+
+
+def assert_as_good_as_torch(got, exact, plain, floor=1e-6):
+    """No worse than three times plain torch in float32; ``floor`` covers its luckiest cases."""
+    for name, value in exact.items():
+        assert got[name].shape == value.shape
+        scale = value.abs().max().clamp(min=1e-30)
+        error = float((got[name].double() - value).abs().max() / scale)
+        allowed = float((plain[name].double() - value).abs().max() / scale)
+        assert error <= max(3 * allowed, floor), (name, error, allowed)
+
+
+def check(x, parameters, device, *, csr=False, floor=1e-6, upstream=None, **options):
+    exact = evaluate(
+        truth.count_nll, x.double(), parameters, torch.float64, upstream, **options
+    )
+    plain = evaluate(count_nll, x, parameters, torch.float32, upstream, backend="torch", **options)
+    got = evaluate(
+        count_nll,
+        x.to_sparse_csr() if csr else x,
+        parameters,
+        torch.float32,
+        upstream,
+        device=device,
+        backend="triton",
+        **options,
+    )
+    assert_as_good_as_torch(got, exact, plain, floor)
+    return got
+
+
+@pytest.mark.usefixtures("poisoned", "several_chunks")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("scale_activation", ["softmax", "softplus"])
+@pytest.mark.parametrize(("likelihood", "by"), EVERY)
+def test_accuracy(likelihood, by, scale_activation, route, take, triton_device):
+    if not offered(by, route):
+        route = "chunked"
+    take(route)
+    x, parameters = problem(likelihood, by)
+    check(
+        x,
+        parameters,
+        triton_device,
+        csr=scale_activation == "softmax",
+        likelihood=likelihood,
+        scale_activation=scale_activation,
+    )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("likelihood", "by"), EVERY)
+def test_monte_carlo_samples_without_biases(likelihood, by, take, triton_device):
+    take("fused" if offered(by, "fused") else "chunked")
+    x, parameters = problem(likelihood, by, n=19, n_samples=3, bias=False)
+    check(x, parameters, triton_device, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 130, 3), (35, 1, 130), (3, 65, 64)])
+def test_small_and_odd_shapes(shape, route, take, triton_device):
+    take(route)
+    n, n_genes, n_hidden = shape
+    x, parameters = problem("zinb", "gene", n=n, n_genes=n_genes, n_hidden=n_hidden)
+    check(x, parameters, triton_device, likelihood="zinb", floor=2e-6)
+
+
+@pytest.mark.parametrize(("n", "n_genes"), [(0, 5), (4, 0)])
+def test_no_cells_and_no_genes(n, n_genes, kernels, triton_device):
+    x, parameters = problem("nb", "gene", n=n, n_genes=n_genes)
+    got = evaluate(
+        count_nll,
+        x,
+        parameters,
+        torch.float32,
+        device=triton_device,
+        backend="triton",
+        likelihood="nb",
+    )
+    assert got["nll"].shape == (n,)
+    assert all((value == 0).all() for value in got.values())
+
+
+@pytest.mark.parametrize("log_theta", [-14.0, -3.0, 0.0, 9.0, 14.0])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_extreme_dispersions(likelihood, log_theta, take, triton_device):
+    """theta from 1e-6 to 1e6, where lgamma(x + theta) - lgamma(theta) has no digits in float32."""
+    take("chunked")
+    x, parameters = problem(likelihood, "gene", n=9, n_genes=140, theta=0.1)
+    parameters["px_r"] += log_theta
+    exact = evaluate(
+        truth.count_nll, x.double(), parameters, torch.float64, likelihood=likelihood
+    )
+    got = evaluate(
+        count_nll,
+        x,
+        parameters,
+        torch.float32,
+        device=triton_device,
+        backend="triton",
+        likelihood=likelihood,
+    )
+    for name, value in exact.items():
+        if name == "px_r" and log_theta > 8:
+            continue  # float64 itself has lost it: test_extreme_elements has it from mpmath
+        scale = value.abs().max()
+        # the likelihood to 1e-6; gradients to 1e-5
+        assert (got[name] - value).abs().max() <= (1e-6 if name == "nll" else 1e-5) * scale, name
+
+
+@pytest.mark.parametrize("theta", [1e-6, 1e-2, 1.0, 50.0, 1e4, 1e6])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_extreme_elements(likelihood, theta, kernels, triton_device):
+    """Single elements against 80 digits: one gene, softplus, so that the mean is what is asked."""
+    pairs = [
+        (x, mu)
+        for x in (0.0, 1e-3, 0.5, 1.0, 2.0, 37.0, 1e4, 1e6)
+        for mu in (1e-6, 0.3, 40.0, 1e4, 1e7)
+    ]
+    x = torch.tensor([[x] for x, _ in pairs], dtype=torch.float32)
+    # one hidden unit, weight 0: log(mu) = library + log(softplus(0))
+    library = torch.tensor([[mu] for _, mu in pairs]).double().log()
+    library = (library - torch.log(torch.log(torch.tensor(2.0, dtype=torch.float64)))).float()
+    px_r = torch.tensor([theta], dtype=torch.float64).log().float()
+    zeros = torch.zeros(1, 1)
+    d = torch.tensor([0.7])
+    extra = {"dropout_weight": zeros, "dropout_bias": d} if likelihood == "zinb" else {}
+    extra = {name: value.to(triton_device) for name, value in extra.items()}
+    r = px_r.to(triton_device).requires_grad_()
+    inputs = (torch.ones(len(pairs), 1), library, zeros)
+    nll = count_nll(
+        x.to(triton_device),
+        *(value.to(triton_device) for value in inputs),
+        px_r=r,
+        likelihood=likelihood,
+        scale_activation="softplus",
+        backend="triton",
+        **extra,
+    )
+    softplus0 = torch.log(torch.tensor(2.0, dtype=torch.float64))
+    for i, value in enumerate(nll.double().tolist()):
+        mu = float(torch.exp(library[i, 0].double()) * softplus0)
+        exact = -truth.exact_log_prob(
+            likelihood, float(x[i, 0]), mu, float(torch.exp(px_r.double())), 0.7
+        )
+        exact = float(exact[0] if isinstance(exact, tuple) else exact)
+        # A mean that is one float32 rounding of log(mu) off changes the loss by |x - mu| of that.
+        condition = abs(float(x[i, 0]) - mu) * 2e-6 * min(1.0, 2 * theta / (theta + mu) + 0.1)
+        assert abs(value - exact) <= 2e-6 * max(1.0, abs(exact)) + condition, (pairs[i], theta)
+    assert mpmath.mp.dps  # the truth's own precision is set in reference64
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "wanted",
+    [{"hidden"}, {"library"}, {"scale_bias"}, {"dropout_weight"}, {"px_r"}, {"scale_weight"}],
+    ids=lambda names: "".join(names),
+)
+def test_subsets_of_gradients(wanted, route, take, triton_device):
+    take(route)
+    x, parameters = problem("zinb", "gene", n=35, n_genes=70)
+    options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
+    every = evaluate(count_nll, x, parameters, torch.float32, **options)
+    some = evaluate(count_nll, x, parameters, torch.float32, wanted=wanted, **options)
+    assert some.keys() == {"nll", *wanted}
+    for name in wanted:
+        assert torch.equal(some[name], every[name])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_upstream_gradients(route, take, triton_device):
+    take(route)
+    x, parameters = problem("nb", "gene", n=35, n_genes=70)
+    upstream = torch.linspace(-1, 1, 35)
+    upstream[3:9] = 0
+    for given_gradient in (upstream, torch.tensor(1 / 35).expand(35)):
+        check(x, parameters, triton_device, likelihood="nb", upstream=given_gradient)
+    got = evaluate(
+        count_nll,
+        x,
+        parameters,
+        torch.float32,
+        torch.zeros(35),
+        device=triton_device,
+        likelihood="nb",
+        backend="triton",
+    )
+    assert all((value == 0).all() for name, value in got.items() if name != "nll")
+
+
+@pytest.mark.usefixtures("several_chunks")
+@pytest.mark.parametrize("csr", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float64])
+def test_dtypes_of_counts(dtype, csr, take, triton_device):
+    take("chunked")
+    x, parameters = problem("nb", "gene", n=18, n_genes=70)
+    x = x.clamp(max=250)
+    options = {"likelihood": "nb", "device": triton_device, "backend": "triton"}
+    expected = evaluate(count_nll, x, parameters, torch.float32, **options)
+    x = x.to(dtype)
+    if csr:
+        x = x.to_sparse_csr()
+    got = evaluate(count_nll, x, parameters, torch.float32, **options)
+    for name, value in expected.items():  # integers go a shorter way through the gamma functions
+        bound = 2e-6 * float(value.abs().max())
+        torch.testing.assert_close(got[name], value, rtol=2e-6, atol=bound)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+def test_fractions(likelihood, take, triton_device):
+    take("chunked")
+    by = "none" if likelihood == "poisson" else "gene"
+    x, parameters = problem(likelihood, by, fractions=True)
+    check(x, parameters, triton_device, likelihood=likelihood)
+
+
+@pytest.mark.usefixtures("several_chunks")
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_csr_in_any_order_and_with_duplicates(index, take, triton_device):
+    take("chunked")
+    _, parameters = problem("nb", "gene", n=4, n_genes=150)
+    crow = torch.tensor([0, 3, 3, 7, 8])
+    col = torch.tensor([140, 2, 77, 5, 149, 5, 0, 64])
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 6.0, 9.0])
+    x = torch.sparse_csr_tensor(
+        crow.to(index), col.to(index), values, (4, 150), check_invariants=False
+    )
+    dense = torch.zeros(4, 150)
+    rows = torch.repeat_interleave(torch.arange(4), crow.diff())
+    dense.index_put_((rows, col), values, accumulate=True)
+    options = {"likelihood": "nb", "device": triton_device, "backend": "triton"}
+    got = evaluate(count_nll, x, parameters, torch.float32, **options)
+    expected = evaluate(count_nll, dense, parameters, torch.float32, **options)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_sliced_and_expanded_inputs(take, triton_device):
+    take("chunked")
+    x, parameters = problem("zinb", "gene", n=35, n_genes=70)
+    options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
+    expected = evaluate(count_nll, x, parameters, torch.float32, **options)
+    wide = torch.full((35, 2 * 70 + 3), 99.0)
+    wide[:, 1:141:2] = x
+    strided = {
+        name: torch.stack([value, value], -1)[..., 0] if value.dim() > 1 else value
+        for name, value in parameters.items()
+    }
+    got = evaluate(count_nll, wide[:, 1:141:2], strided, torch.float32, **options)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+    one_size = parameters | {"library": torch.tensor([[6.0]])}
+    check(x, one_size, triton_device, likelihood="zinb")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_bitwise_the_same_at_every_run(route, take, triton_device):
+    take(route)
+    x, parameters = problem("zinb", "gene")
+    options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
+    first, second = (
+        evaluate(count_nll, x.to_sparse_csr(), parameters, torch.float32, **options)
+        for _ in range(2)
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the device asserts, and is lost")
+@pytest.mark.parametrize("csr", [False, True])
+@pytest.mark.parametrize(
+    ("value", "message"), [(-1.0, "non-negative"), (torch.nan, "NaN"), (torch.inf, "infinite")]
+)
+def test_bad_counts(value, message, csr, take, triton_device):
+    take("chunked")
+    x, parameters = problem("nb", "gene", n=5, n_genes=70)
+    x[4, 69] = value
+    with pytest.raises(ValueError, match=message):
+        evaluate(
+            count_nll,
+            x.to_sparse_csr() if csr else x,
+            parameters,
+            torch.float32,
+            likelihood="nb",
+            backend="triton",
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the device asserts, and is lost")
+@pytest.mark.parametrize(
+    ("crow", "col"),
+    [
+        ([0, 2, 3], [1, 70, 3]),
+        ([0, 2, 3], [1, -1, 3]),
+        ([0, 9, 3], [1, 2, 3]),
+        ([0, 2, 9], [1, 2, 3]),
+        ([-4, 2, 3], [1, 2, 3]),
+        ([1, 2, 3], [1, 2, 3]),
+        ([0, 2], [1, 2, 3]),
+        ([0, 2, 3], [1, 2]),
+    ],
+)
+def test_csr_that_lies_about_its_shape(crow, col, take, triton_device):
+    take("chunked")
+    _, parameters = problem("nb", "gene", n=2, n_genes=70)
+    x = torch.sparse_csr_tensor(
+        torch.tensor(crow), torch.tensor(col), torch.ones(3), (2, 70), check_invariants=False
+    )
+    with pytest.raises(ValueError, match="do not fit"):
+        evaluate(count_nll, x, parameters, torch.float32, likelihood="nb", backend="triton")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the tensor cores themselves round"
+)
+@pytest.mark.parametrize(("setting", "bound"), [("high", 3e-3), ("medium", 2e-2)])
+def test_precision_follows_the_setting(setting, bound, kernels, triton_device, monkeypatch):
+    """tf32 keeps 10 bits of a factor, bfloat16 7; strict float32 is not fused."""
+    interpreter.round_products(monkeypatch)
+    x, parameters = problem("zinb", "gene", n=35, n_genes=70)
+    exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, likelihood="zinb")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        got = evaluate(
+            count_nll, x, parameters, torch.float32, likelihood="zinb", backend="triton"
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    errors = {
+        name: float((got[name] - value).abs().max() / value.abs().max())
+        for name, value in exact.items()
+    }
+    assert 1e-6 < errors["hidden"] and max(errors.values()) < bound, errors
+
+
+def test_predicate_of_the_route(kernels, triton_device):
+    from decoder_fast.ops.count_nll import _inputs
+
+    def fused(likelihood, by, setting, n_hidden=H):
+        x, parameters = problem(likelihood, by, n=3, n_genes=5, n_hidden=n_hidden)
+        names = (
+            "hidden library scale_weight scale_bias dropout_weight dropout_bias r_weight r_bias "
+            "px_r px_r_index"
+        ).split()
+        inputs = _inputs(
+            *(parameters.get(name) for name in names), x, None, None, None, likelihood, "softmax"
+        )
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(setting)
+        try:
+            return kernels.is_fused(inputs)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    assert fused("nb", "gene", "high") and fused("zinb", "gene", "medium", 128)
+    assert fused("poisson", "none", "high")
+    assert not fused("nb", "gene", "highest")
+    assert not fused("nb", "table", "high") and not fused("nb", "cell", "high")
+    assert not fused("nb", "gene", "high", 129)
+
+
+@settings(max_examples=12)
+@given(
+    n=st.integers(1, 40),
+    n_genes=st.integers(1, 140),
+    n_hidden=st.integers(1, 40),
+    case=st.sampled_from(EVERY),
+    csr=st.booleans(),
+    route=st.sampled_from(ROUTES),
+    seed=st.integers(0, 99),
+)
+def test_fuzz(triton_device, n, n_genes, n_hidden, case, csr, route, seed):
+    from decoder_fast.triton_kernels import count_nll as kernels
+
+    likelihood, by = case
+    x, parameters = problem(
+        likelihood, by, n=n, n_genes=n_genes, n_hidden=n_hidden, seed=seed, theta=3.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        fused = route == "fused" and offered(by, route)
+        patch.setattr(kernels, "is_fused", lambda inputs: fused)
+        patch.setattr(kernels, "CHUNK_BYTES", 1)
+        check(x, parameters, triton_device, csr=csr, likelihood=likelihood, floor=4e-6)
