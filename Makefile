@@ -3,6 +3,8 @@
 # make lint      ruff and mypy alone
 # make sanitize  tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench     the benchmarks
+# make aot       the Triton kernels, compiled for many GPUs without one: bench/results/aot-*, costs.*
+# make gpu       everything that wants a GPU: tests, times and memory, in ten minutes
 #
 # Each makes .venv first and installs into it what it needs; a second call finds it there.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder another (also an existing) environment.
@@ -14,7 +16,11 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 BUILD_INPUTS := setup.py pyproject.toml decoder_fast/_build.py $(wildcard csrc/*)
 
-.PHONY: demo test lint sanitize bench
+# The oldest Triton that is supported, beside the one that is installed; with a NumPy that it bears.
+OLD_TRITON := $(abspath $(VENV))/triton-3.6
+OLD_TRITON_TESTS := $(wildcard tests/test_*_triton.py) tests/test_aot.py
+
+.PHONY: demo test test-old-triton lint sanitize bench aot gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/scvi.stamp
@@ -22,6 +28,12 @@ demo: $(VENV)/scvi.stamp
 
 test: lint
 	$(BIN)/python -m pytest
+ifeq ($(shell uname -s),Linux)  # elsewhere there is no Triton
+	$(MAKE) test-old-triton
+endif
+
+test-old-triton: $(VENV)/test.stamp $(OLD_TRITON).stamp
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest $(OLD_TRITON_TESTS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -32,6 +44,17 @@ sanitize: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp $(VENV)/bench.stamp
 	$(BIN)/python -m bench
+
+aot: $(VENV)/test.stamp $(OLD_TRITON).stamp
+	@failed=0; for triton in '' $(OLD_TRITON); do \
+	    PYTHONPATH=$$triton $(BIN)/python -m bench.aot || failed=1; \
+	done; exit $$failed
+
+# With PYTHON's own packages where they see a GPU: such machines often cannot install any.
+gpu:
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then $(PYTHON) -m bench.gpu; \
+	else $(MAKE) $(VENV)/test.stamp && $(BIN)/python -m bench.gpu; fi
 
 # torch goes first and by itself: without a pin pip may choose a build that is gigabytes larger.
 $(VENV)/torch.stamp:
@@ -44,6 +67,11 @@ $(VENV)/torch.stamp:
 	@$(BIN)/python -c 'from importlib.metadata import version; \
 	    assert version("torch").startswith(("2.11.", "2.12.", "2.13."))' 2>/dev/null \
 	    || { echo "installing $(TORCH)"; $(BIN)/python -m pip install "$(TORCH)"; }
+	@touch $@
+
+$(OLD_TRITON).stamp: $(VENV)/torch.stamp
+	rm -rf $(OLD_TRITON)
+	$(BIN)/python -m pip install --no-deps --target $(OLD_TRITON) 'triton==3.6.0' 'numpy<2.4'
 	@touch $@
 
 # One stamp for each extra: scvi, test, bench.

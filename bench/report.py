@@ -1,8 +1,9 @@
-"""Results as Markdown."""
+"""Results as Markdown and plots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -209,3 +210,218 @@ def count_nll(rows: list[Row]) -> str:
             _allocator(large),
         ]
     return "\n\n".join(parts)
+
+
+# On a GPU
+# --------
+
+GPU_ALTERNATIVES = (
+    *("stock eager, fp32", "stock eager, tf32", "stock compiled, tf32"),
+    *("ours, fp32", "ours, tf32", "ours, bf16", "ours, CSR, tf32"),
+)
+
+
+def _of(row: Row, alternative: str, what: str = "both") -> float | None:
+    """What was measured of an alternative; the forward pass where there is no other."""
+    times = row["times"].get(alternative, {})
+    found = times.get(what)
+    if found is None and what.startswith("both") and "both" not in times:
+        found = times.get(what.replace("both", "forward"))
+    return found if isinstance(found, (int, float)) else None
+
+
+def _ms(alternative: str, what: str = "both") -> Callable[[Row], str]:
+    def column(row: Row) -> str:
+        if alternative in row["wrong"]:
+            return "wrong"
+        found = _of(row, alternative, what)
+        return "" if found is None else f"{found * 1e3:.3g}"
+
+    return column
+
+
+def _ratio(other: str, ours: str, what: str = "both") -> Callable[[Row], str]:
+    def column(row: Row) -> str:
+        a, b = _of(row, other, what), _of(row, ours, what)
+        return f"{a / b:.2f}" if a and b else ""
+
+    return column
+
+
+def _gpu_share(peaks: dict[str, float]) -> Columns:
+    """Shares of what the device was measured to reach, of ours in tf32."""
+    ours = "ours, tf32"
+
+    def time(row: Row) -> float | None:
+        return _of(row, ours, "both, graph") or _of(row, ours)
+
+    def share(name: str, peak: str) -> Callable[[Row], str]:
+        return lambda row: f"{row[name] / t / peaks[peak]:.0%}" if (t := time(row)) else ""
+
+    def floor(row: Row) -> str:
+        least = max(row["needed bytes"] / peaks["copy"], row["needed flops"] / peaks["tf32"])
+        return f"{t / least:.2f}" if (t := time(row)) else ""
+
+    return {
+        "needed bytes, share of copy": share("needed bytes", "copy"),
+        "needed products, share of torch.mm": share("needed flops", "tf32"),
+        "time / floor": floor,
+    }
+
+
+def _gpu_memory(rows: list[Row]) -> str:
+    def megabytes(name: str) -> Callable[[Row], str]:
+        def column(row: Row) -> str:
+            found = _of(row, name, "peak bytes")
+            return "" if found is None else f"{found / 1e6:.1f}"
+
+        return column
+
+    def share(row: Row) -> str:
+        ours, eager = (_of(row, f"{name}, tf32", "peak bytes") for name in ("ours", "stock eager"))
+        extra = row["gradient bytes"]
+        return f"{(ours - extra) / eager:.1%}" if ours and eager else ""
+
+    names = [f"{name}, tf32" for name in ("stock eager", "stock compiled", "ours", "ours, CSR")]
+    columns: Columns = {f"{name}, MB": megabytes(name) for name in names}
+    columns["ours without gradients / eager"] = share
+    return _table(rows, {"shape": lambda row: row["shape"]} | columns)
+
+
+def _gpu_part(rows: list[Row], peaks: dict[str, float]) -> str:
+    shape: Columns = {"shape": lambda row: row["shape"]}
+    used = [name for name in GPU_ALTERNATIVES if any(name in row["times"] for row in rows)]
+    whole = shape | {f"{name}, ms": _ms(name) for name in used}
+    for other in ("stock eager, tf32", "stock compiled, tf32"):
+        whole[f"{other.split(',')[0]} / ours, tf32"] = _ratio(other, "ours, tf32")
+    whole["stock eager / ours, fp32"] = _ratio("stock eager, fp32", "ours, fp32")
+    tf32 = [name for name in used if name.endswith("tf32")]
+    passes = shape | {
+        f"{what}, {name}, ms": _ms(name, what) for what in ("forward", "backward") for name in tf32
+    }
+    parts = [
+        "Forward + backward (forward alone in evaluation):",
+        _table(rows, whole),
+        "The passes by themselves, in tf32; the backward pass is the difference:",
+        _table(rows, passes),
+    ]
+    graphs = shape | {f"{name}, ms": _ms(name, "both, graph") for name in used}
+    if short := [row for row in rows if _of(row, "ours, tf32", "both, graph")]:
+        parts += ["As a CUDA graph, what takes less than a millisecond:", _table(short, graphs)]
+    if "needed bytes" in rows[0]:
+        parts += [
+            "Ours in tf32, as a graph where there is one, against what the device reaches "
+            "(`bench/costs.py` says what is needed):",
+            _table(rows, shape | _gpu_share(peaks)),
+            "Peak extra memory of forward + backward, gradients included:",
+            _gpu_memory(rows),
+        ]
+    return "\n\n".join(parts)
+
+
+def _gpu_errors(rows: list[Row]) -> str:
+    lines: list[Row] = [
+        {"part": row["part"], "shape": row["shape"], "alternative": name, **error}
+        for row in rows
+        for name, error in row.get("errors", {}).items()
+    ]
+    if not lines:
+        return "nothing was checked"
+    worst: dict[tuple[str, str], Row] = {}
+    for line in lines:
+        kept = worst.setdefault((line["part"], line["alternative"]), dict(line))
+        for kind in ("value", "gradient"):
+            if kind in line:
+                kept[kind] = max(kept[kind], line[kind], key=lambda e: (e != e, e))
+    columns: Columns = {name: (lambda row, n=name: row[n]) for name in ("part", "alternative")}
+    for kind in ("value", "gradient"):
+        columns[f"largest error of a {kind}"] = lambda row, kind=kind: (
+            f"{row[kind]:.1e}" if kind in row else "not compared"
+        )
+    return _table(list(worst.values()), columns)
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Everything that was measured on a GPU."""
+    about, peaks, rows = result["environment"], result["peaks"], result["rows"]
+    parts = [
+        f"# {about['device']}, {about['date']}",
+        ", ".join(f"{key} {value}" for key, value in about.items()),
+        f"Stock: {result['stock']}. Ours: "
+        + ", ".join(f"{name} by {backend}" for name, backend in result["backends"].items())
+        + f". Measured peaks: copy {peaks['copy'] / 1e12:.3g} TB/s; products "
+        + ", ".join(f"{peaks[p] / 1e12:.3g} TFLOP/s {p}" for p in ("fp32", "tf32", "bf16"))
+        + ".",
+        "Tests on the device:\n\n"
+        + ("\n".join(f"- {k}: {v}" for k, v in result["tests"].items()) or "- none"),
+    ]
+    by_part: dict[str, list[Row]] = {}
+    for row in rows:
+        by_part.setdefault(row["part"], []).append(row)
+    for part, those in by_part.items():
+        parts += [f"## {part}", _gpu_part(those, peaks)]
+    parts += [
+        "## Errors\n\nAgainst float64, norm by norm; the largest of all shapes:",
+        _gpu_errors(rows),
+        "## Where ours loses",
+        _gpu_losses(rows),
+        "## Not measured",
+        "\n".join(f"- {s['what']}: {s['why']}" for s in result["skipped"]) or "- nothing",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _gpu_losses(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        where = f"- {row['part']}, {row['shape']}: "
+        for name in row["times"]:
+            precision = name.rsplit(", ", 1)[-1]
+            ours = _of(row, name)
+            for other in (f"{stock}, {precision}" for stock in STOCK):
+                theirs = _of(row, other)
+                if name.startswith("ours") and ours and theirs and ours > theirs:
+                    times = f"{ours / theirs:.2f} times as long as {other}"
+                    lines.append(f"{where}{name} takes {times}")
+        lines += [f"{where}{name} is wrong: {row['errors'][name]}" for name in row["wrong"]]
+    return "\n".join(lines or ["- nowhere"])
+
+
+def gpu_plots(result: dict[str, Any], file: Path) -> list[Path]:
+    """Draw times and memory by shape, if matplotlib is there; returns the PNG files."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed here")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [f"{name}, tf32" for name in (*STOCK, "ours")]
+    parts: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        if "needed bytes" in row:
+            parts.setdefault(row["part"], []).append(row)
+    written = []
+    for what, unit, scale in (("both", "ms", 1e3), ("peak bytes", "MB", 1e-6)):
+        if not parts:
+            break
+        figure, axes = pyplot.subplots(len(parts), squeeze=False, figsize=(9, 3.2 * len(parts)))
+        for axis, (part, rows) in zip(axes[:, 0], parts.items(), strict=True):
+            for k, name in enumerate(names):
+                heights = [(_of(row, name, what) or 0.0) * scale for row in rows]
+                axis.bar([i + 0.27 * (k - 1) for i in range(len(rows))], heights, 0.25, label=name)
+            axis.set_xticks(range(len(rows)), [row["shape"] for row in rows])
+            if any(patch.get_height() for patch in axis.patches):
+                axis.set_yscale("log")
+            axis.set_ylabel(unit)
+            axis.set_title(part)
+        axes[0, 0].legend()
+        title = "forward + backward" if what == "both" else "peak extra memory"
+        figure.suptitle(f"{result['environment']['device']}: {title}")
+        figure.tight_layout()
+        out = file.with_name(f"{file.stem}-{'times' if what == 'both' else 'memory'}.png")
+        figure.savefig(out, dpi=110)
+        pyplot.close(figure)
+        written.append(out)
+    return written

@@ -69,9 +69,12 @@ def environment() -> dict[str, str | int | float]:
             versions[package] = "not installed"
     missing = native.reason()
     root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root
-    )
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root
+        ).stdout.strip()
+    except OSError:
+        commit = ""  # there is no git
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": processor(),
@@ -80,6 +83,6 @@ def environment() -> dict[str, str | int | float]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "native": native.describe()["instruction set"] if missing is None else "none",
         "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "commit": commit or "unknown",
         **versions,
     }

@@ -494,8 +494,14 @@ class DecoderSCVI(nn.Module):
             return px_scale, torch.exp(library) * px_scale
         activation = self._scale_activation()
         assert activation is not None
-        logits = self.px_scale_decoder[0](px)
-        return softmax_library(logits, library, scale_activation=activation)
+        head = self.px_scale_decoder[0]
+        return softmax_library(
+            px,
+            library,
+            weight=head.weight,  # type: ignore[arg-type]
+            bias=head.bias,  # type: ignore[arg-type]
+            scale_activation=activation,
+        )
 
     def reconstruction_loss(
         self,

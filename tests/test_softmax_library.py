@@ -337,15 +337,17 @@ def test_opcheck(scale_activation, layout):
     if layout == "broadcast":
         library = library[:1]
     leaves = logits.clone().requires_grad_(), library.clone().requires_grad_()
+    options = (scale_activation, "auto")
     torch.library.opcheck(
-        torch.ops.decoder_fast.softmax_library.default, (*leaves, scale_activation, "auto")
+        torch.ops.decoder_fast.softmax_library.default, (*leaves, None, None, *options)
     )
     scale, _ = softmax_library(logits, library, scale_activation=scale_activation)
     for grads in (upstream, (upstream[0], None), (None, upstream[1])):
-        torch.library.opcheck(
-            torch.ops.decoder_fast.softmax_library_backward.default,
-            (*grads, scale, library, scale_activation, "auto"),
-        )
+        for wanted in ("logits library", "logits", "library", ""):
+            torch.library.opcheck(
+                torch.ops.decoder_fast.softmax_library_backward.default,
+                (*grads, scale, library, None, None, *options, wanted),
+            )
 
 
 @pytest.mark.parametrize("scale_activation", ACTIVATIONS)
@@ -363,6 +365,169 @@ def test_compile(scale_activation, dynamo):
                 assert torch.equal(got[name], expected[name]), name
 
 
+# From hidden units: the head's weight and bias
+
+
+def head(*lead, genes=31, hidden=5, with_bias=True, dtype=torch.float64):
+    """Hidden units, log library sizes, weight, perhaps bias; and upstream gradients."""
+    _, library, upstream = sample(*lead, genes, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((*lead, hidden), (genes, hidden), (genes,))
+    )
+    return [hidden, library, weight, *([bias] if with_bias else [])], upstream
+
+
+def from_hidden(hidden, library, weight, bias=None, **options):
+    return softmax_library(hidden, library, weight=weight, bias=bias, **options)
+
+
+def from_product(function):
+    """The same from the logits, by autograd."""
+
+    def run(hidden, library, weight, bias=None, **options):
+        return function(F.linear(hidden, weight, bias), library, **options)
+
+    return run
+
+
+def evaluate_head(function, tensors, upstream, dtype, **options):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    outputs = function(*leaves, **options)
+    return *outputs, *torch.autograd.grad(outputs, leaves, [u.to(dtype) for u in upstream])
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 3), (1,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("scale_activation", ACTIVATIONS)
+def test_from_hidden(scale_activation, with_bias, lead):
+    tensors, upstream = head(*lead, with_bias=with_bias)
+    options = {"scale_activation": scale_activation}
+    got = evaluate_head(from_hidden, tensors, upstream, torch.float64, **options)
+    truth = evaluate_head(
+        from_product(reference64.scale_and_rate), tensors, upstream, torch.float64, **options
+    )
+    for value, right in zip(got, truth, strict=True):
+        assert value.shape == right.shape
+        torch.testing.assert_close(value, right, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", [(7,), (2, 3)])
+def test_from_hidden_no_worse_than_stock(lead, backend):
+    tensors, upstream = head(*lead, genes=203, hidden=37, dtype=torch.float32)
+    got = evaluate_head(from_hidden, tensors, upstream, torch.float32, backend=backend)
+    options = {"scale_activation": "softmax"}
+    theirs = evaluate_head(from_product(stock), tensors, upstream, torch.float32, **options)
+    truth = evaluate_head(
+        from_product(reference64.scale_and_rate), tensors, upstream, torch.float64, **options
+    )
+    names = ("px_scale", "px_rate", "hidden", "library", "weight", "bias")
+    for name, value, right, other in zip(names, got, truth, theirs, strict=True):
+        assert_accurate(name, value, right, other, 1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_from_hidden_subsets_of_gradients(wanted, backend):
+    tensors, upstream = head(2, 3, dtype=torch.float32)
+    expected = evaluate_head(from_hidden, tensors, upstream, torch.float32, backend=backend)[2:]
+    leaves = [t.clone().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
+    torch.autograd.backward(from_hidden(*leaves, backend=backend), upstream)
+    for k, (leaf, grad) in enumerate(zip(leaves, expected, strict=True)):
+        assert torch.equal(leaf.grad, grad) if k in wanted else leaf.grad is None
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0), (0, 0, 0)])
+def test_from_hidden_of_nothing(shape, backend):
+    """No cells, no genes, no hidden units."""
+    n, genes, hidden = shape
+    tensors = [torch.zeros(n, hidden), torch.zeros(n, 1), torch.zeros(genes, hidden)]
+    upstream = torch.ones(n, genes), torch.ones(n, genes)
+    *outputs, _, _, _ = got = evaluate_head(
+        from_hidden, tensors, upstream, torch.float32, backend=backend
+    )
+    for output in outputs:
+        torch.testing.assert_close(output, torch.full((n, genes), 1 / max(1, genes)))
+    assert [g.shape for g in got[2:]] == [t.shape for t in tensors]
+
+
+@pytest.mark.parametrize("function", [softmax_library, from_hidden])
+def test_logits_are_not_kept(function, backend):
+    """Of cells x genes autograd keeps one output, and nothing else."""
+    tensors, _ = head(9, dtype=torch.float32)
+    if function is softmax_library:
+        tensors = sample(9, 31, dtype=torch.float32)[:2]
+    leaves = [t.requires_grad_() for t in tensors]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        scale, _ = function(*leaves, backend=backend)
+    large = [t for t in kept if t.numel() >= scale.numel()]
+    assert [t.data_ptr() for t in large] == [scale.data_ptr()]
+
+
+def test_from_hidden_dtypes():
+    """Half precision computes in float32, any float64 in float64; gradients have their own."""
+    tensors, upstream = head(4, dtype=torch.bfloat16)
+    expected = from_hidden(*(t.float() for t in tensors))
+    leaves = [t.requires_grad_() for t in tensors]
+    outputs = from_hidden(*leaves)
+    for got, value in zip(outputs, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.equal(got, value)
+    torch.autograd.backward(outputs, [u.float() for u in upstream])
+    assert all(leaf.grad.dtype == torch.bfloat16 for leaf in leaves)
+    for position in (2, 3):
+        mixed = [t.double() if k == position else t for k, t in enumerate(tensors)]
+        assert from_hidden(*mixed)[0].dtype == torch.float64
+
+
+def test_from_hidden_autocast(backend):
+    tensors, upstream = head(4, dtype=torch.float32)
+    expected = evaluate_head(from_hidden, tensors, upstream, torch.float32, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = evaluate_head(from_hidden, tensors, upstream, torch.float32, backend=backend)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("lead", [(3,), (2, 2)])
+def test_from_hidden_gradcheck(lead, with_bias):
+    tensors, _ = head(*lead, genes=4, hidden=3, with_bias=with_bias)
+    tensors[1] -= 6
+    assert torch.autograd.gradcheck(from_hidden, [t.requires_grad_() for t in tensors])
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("lead", [(4,), (2, 3)])
+def test_from_hidden_opcheck(lead, with_bias):
+    tensors, upstream = head(*lead, with_bias=with_bias, dtype=torch.float32)
+    arguments = [t.requires_grad_() for t in tensors] + [None] * (4 - len(tensors))
+    options = ("softmax", "auto")
+    torch.library.opcheck(torch.ops.decoder_fast.softmax_library.default, (*arguments, *options))
+    hidden, library, weight = (t.detach() for t in tensors[:3])
+    scale = from_hidden(*tensors)[0].detach()
+    for wanted in ("logits library weight bias", "weight", "bias logits", ""):
+        torch.library.opcheck(
+            torch.ops.decoder_fast.softmax_library_backward.default,
+            (*upstream, scale, library, hidden, weight, *options, wanted),
+        )
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (2,)])
+def test_from_hidden_compile(wanted, dynamo):
+    compiled = torch.compile(from_hidden, fullgraph=True, dynamic=True, backend="aot_eager")
+    with dynamo.config.patch(error_on_recompile=True):
+        for n in (6, 5, 3):
+            tensors, upstream = head(n, dtype=torch.float32)
+            grads = []
+            for function in (from_hidden, compiled):
+                leaves = [t.clone().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
+                torch.autograd.backward(function(*leaves), upstream)
+                grads.append([leaf.grad for leaf in leaves])
+            for k, (expected, got) in enumerate(zip(*grads, strict=True)):
+                assert torch.equal(got, expected) if k in wanted else got is None
+
+
 BAD = {
     "integer logits": (dict(logits=torch.ones(3, 4).int()), TypeError, ["logits", "int32"]),
     "integer library": (dict(library=torch.ones(3, 1).long()), TypeError, ["library", "int64"]),
@@ -377,6 +542,39 @@ BAD = {
         dict(library=torch.ones(3, 1, device="meta")),
         ValueError,
         ["library", "'meta'", "logits", "'cpu'"],
+    ),
+    "weight of others": (
+        dict(weight=torch.ones(7, 5)),
+        ValueError,
+        ["weight", "(7, 5)", "(7, 4)", "hidden units"],
+    ),
+    "1-D weight": (dict(weight=torch.ones(4)), ValueError, ["weight", "(4,)", "(genes, hidden"]),
+    "1-D hidden": (
+        dict(logits=torch.ones(4), weight=torch.ones(7, 4)),
+        ValueError,
+        ["logits", "(4,)", "(cells, hidden units)"],
+    ),
+    "bias of others": (
+        dict(weight=torch.ones(7, 4), bias=torch.ones(4)),
+        ValueError,
+        ["bias", "(4,)", "(7,)"],
+    ),
+    "bias alone": (dict(bias=torch.ones(4)), ValueError, ["bias", "(4,)", "without weight"]),
+    "integer weight": (dict(weight=torch.ones(7, 4).int()), TypeError, ["weight", "int32"]),
+    "integer bias": (
+        dict(weight=torch.ones(7, 4), bias=torch.ones(7).long()),
+        TypeError,
+        ["bias", "int64"],
+    ),
+    "device of weight": (
+        dict(weight=torch.ones(7, 4, device="meta")),
+        ValueError,
+        ["weight", "'meta'", "logits", "'cpu'"],
+    ),
+    "device of bias": (
+        dict(weight=torch.ones(7, 4), bias=torch.ones(7, device="meta")),
+        ValueError,
+        ["bias", "'meta'", "logits", "'cpu'"],
     ),
     "activation": (
         dict(scale_activation="relu"),

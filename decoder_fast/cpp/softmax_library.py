@@ -8,6 +8,7 @@ from ctypes import c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import native
@@ -66,8 +67,16 @@ def _by_row(library: Tensor, rows: Tensor) -> Tensor:
     return library.expand(*rows.shape[:-1], 1).contiguous()
 
 
-def forward(logits: Tensor, library: Tensor, scale_activation: str) -> tuple[Tensor, Tensor]:
+def forward(
+    logits: Tensor,
+    library: Tensor,
+    scale_activation: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compute what :func:`decoder_fast.reference.softmax_library.forward` computes."""
+    if weight is not None:
+        logits = F.linear(logits, weight, bias)
     if logits.numel() == 0:
         return reference.forward(logits, library, scale_activation)
     logits, by_row = logits.contiguous(), _by_row(library, logits)

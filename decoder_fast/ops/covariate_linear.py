@@ -32,6 +32,15 @@ def _chosen(tensor: Tensor, backend: str) -> str:
     return choose("covariate_linear", backend, device=tensor.device, dtype=tensor.dtype).backend
 
 
+def _module(inputs: Inputs, backend: str) -> tuple[str, Any]:
+    """Choose the backend, and its module; without cells or units, plain PyTorch's."""
+    chosen = _chosen(inputs.x, backend)
+    n_samples, n_cells, _ = inputs.x.shape
+    if n_samples * n_cells * inputs.weight.shape[0] == 0:
+        chosen = "torch"
+    return chosen, implementation("covariate_linear", chosen)
+
+
 def _check_labels(inputs: Inputs) -> None:
     for k, (category, n_cat) in enumerate(zip(inputs.categories, inputs.n_cats, strict=True)):
         if not category.is_floating_point():
@@ -42,20 +51,21 @@ def _forward(
     inputs: Inputs, backend: str, update: tuple[Tensor, Tensor, float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the layer, and move the running statistics of ``update`` by its momentum."""
-    chosen = _chosen(inputs.x, backend)
-    if chosen != "cpp" or inputs.x.shape[0] == 0:  # its kernel looks at every label anyway
+    chosen, module = _module(inputs, backend)
+    # These kernels look at every label anyway.
+    if chosen != "cpp" and not (chosen == "triton" and inputs.x.is_cuda):
         _check_labels(inputs)
     with no_autocast(inputs.x.device):
         try:
-            if chosen == "cpp" and update is not None and cpp.movable(update[:2]):
-                return cpp.forward(inputs, update[:2], update[2])
-            results = implementation("covariate_linear", chosen).forward(inputs)
+            if update is not None and chosen != "torch" and cpp.movable(update[:2]):
+                return module.forward(inputs, update[:2], update[2])
+            results = module.forward(inputs)
         except cpp.LabelError:
             _check_labels(inputs)
             raise
     if update is not None:
         n_cells, eps = inputs.x.shape[1], inputs.batch_norm_eps
-        _update_running(*update[:2], *results[2:], update[2], eps, n_cells, backend)
+        _update_running(*update[:2], results[2], results[3], update[2], eps, n_cells, backend)
     return results
 
 
@@ -69,9 +79,9 @@ def _backward(
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
-    run = implementation("covariate_linear", _chosen(grad, backend)).backward
+    _, module = _module(inputs, backend)
     with no_autocast(grad.device):
-        return run(inputs, grad, out, v, mean, invstd, wanted)
+        return module.backward(inputs, grad, out, v, mean, invstd, wanted)
 
 
 @functools.cache
@@ -354,9 +364,10 @@ def _update_running(
     backend: str,
 ) -> None:
     """Move the running statistics once for each sample, as stock batch norm does slice by slice."""
-    running = (running_mean, running_var)
-    if _chosen(mean, backend) == "cpp" and cpp.movable(running):
-        cpp.update_running(running, mean, invstd, momentum, eps, n_cells)
+    chosen, running = _chosen(mean, backend), (running_mean, running_var)
+    if chosen != "torch" and cpp.movable(running):
+        module = implementation("covariate_linear", chosen)
+        module.update_running(running, mean, invstd, momentum, eps, n_cells)
         return
     with torch.no_grad():
         unbiased = (invstd.pow(-2) - eps).clamp_(min=0) * (n_cells / (n_cells - 1))
@@ -537,7 +548,7 @@ def covariate_linear(
     update = None
     if training and batch_statistics and momentum != 0 and n_cells > 0:
         if running_mean is not None and running_var is not None:
-            update = (running_mean, running_var, momentum)
+            update = (running_mean, running_var, float(momentum))
     if not torch.compiler.is_compiling():
         return _CovariateLinear.apply(  # type: ignore[no-any-return]
             backend,

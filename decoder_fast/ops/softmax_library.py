@@ -1,14 +1,22 @@
-"""``softmax_library``: logits and library size to ``(px_scale, px_rate)``."""
+"""``softmax_library``: logits, or hidden units, and library size to ``(px_scale, px_rate)``."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
-from ._common import check_floating, check_together, compute_dtype, no_autocast, once_differentiable
+from ._common import (
+    check_floating,
+    check_shape,
+    check_together,
+    compute_dtype,
+    no_autocast,
+    once_differentiable,
+)
 
 __all__ = ["softmax_library"]
 
@@ -27,12 +35,21 @@ def check_scale_activation(scale_activation: str) -> None:
         )
 
 
+#: Inputs that can be differentiated, in the order of the operation's arguments.
+_DIFFERENTIABLE = ("logits", "library", "weight", "bias")
+
+
 def _forward(
-    logits: Tensor, library: Tensor, scale_activation: str, backend: str
+    logits: Tensor,
+    library: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     run = implementation("softmax_library", _chosen(logits, backend)).forward
     with no_autocast(logits.device):
-        return run(logits.contiguous(), library.contiguous(), scale_activation)
+        return run(logits.contiguous(), library.contiguous(), scale_activation, weight, bias)
 
 
 def _backward(
@@ -40,26 +57,53 @@ def _backward(
     grad_rate: Tensor | None,
     scale: Tensor,
     library: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor | None,
     scale_activation: str,
     backend: str,
-    logits_wanted: bool,
-    library_wanted: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    wanted: frozenset[str],
+) -> dict[str, Tensor | None]:
     run = implementation("softmax_library", _chosen(scale, backend)).backward
     with no_autocast(scale.device):
-        return run(
-            grad_scale, grad_rate, scale, library, scale_activation, logits_wanted, library_wanted
+        d_logits, d_library = run(
+            grad_scale,
+            grad_rate,
+            scale,
+            library,
+            scale_activation,
+            not wanted.isdisjoint(("logits", "weight", "bias")),
+            "library" in wanted,
         )
+        grads = {"library": d_library}
+        if weight is None:
+            grads["logits"] = d_logits
+        elif d_logits is not None:
+            assert hidden is not None
+            d_logits = d_logits.flatten(0, -2)
+            if "logits" in wanted:
+                grads["logits"] = (d_logits @ weight).view(hidden.shape)
+            if "weight" in wanted:
+                grads["weight"] = d_logits.t() @ hidden.flatten(0, -2)
+            if "bias" in wanted:
+                grads["bias"] = d_logits.sum(0)
+    return grads
 
 
 class _SoftmaxLibrary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, library: Tensor, scale_activation: str, backend: str
+        ctx: Any,
+        logits: Tensor,
+        library: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale_activation: str,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        scale, rate = _forward(logits, library, scale_activation, backend)
-        ctx.save_for_backward(scale, library)
+        scale, rate = _forward(logits, library, weight, bias, scale_activation, backend)
+        hidden = None if weight is None else logits
+        ctx.save_for_backward(scale, library, hidden, weight)
         ctx.options = (scale_activation, backend)
         return scale, rate
 
@@ -67,27 +111,47 @@ class _SoftmaxLibrary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_scale: Tensor | None, grad_rate: Tensor | None) -> Any:
         if grad_scale is None and grad_rate is None:
-            return None, None, None, None
-        wanted = ctx.needs_input_grad[:2]
-        return (
-            *_backward(grad_scale, grad_rate, *ctx.saved_tensors, *ctx.options, *wanted),
-            None,
-            None,
+            return (None,) * 6
+        scale, library, hidden, weight = ctx.saved_tensors
+        scale_activation, backend = ctx.options
+        grads = _backward(
+            grad_scale,
+            grad_rate,
+            scale,
+            library,
+            hidden,
+            weight,
+            scale_activation,
+            backend,
+            frozenset(itertools.compress(_DIFFERENTIABLE, ctx.needs_input_grad)),
         )
+        return *map(grads.get, _DIFFERENTIABLE), None, None
 
 
 @torch.library.custom_op("decoder_fast::softmax_library", mutates_args=())
 def _op(
-    logits: Tensor, library: Tensor, scale_activation: str, backend: str
+    logits: Tensor,
+    library: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(logits, library, scale_activation, backend)
+    return _forward(logits, library, weight, bias, scale_activation, backend)
 
 
 @_op.register_fake
 def _(
-    logits: Tensor, library: Tensor, scale_activation: str, backend: str
+    logits: Tensor,
+    library: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale_activation: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape), logits.new_empty(logits.shape)
+    n_genes = logits.shape[-1] if weight is None else weight.shape[0]
+    shape = (*logits.shape[:-1], n_genes)
+    return logits.new_empty(shape), logits.new_empty(shape)
 
 
 @torch.library.custom_op("decoder_fast::softmax_library_backward", mutates_args=())
@@ -96,14 +160,25 @@ def _op_backward(
     grad_rate: Tensor | None,
     scale: Tensor,
     library: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor | None,
     scale_activation: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    d_logits, d_library = _backward(
-        grad_scale, grad_rate, scale, library, scale_activation, backend, True, True
+    wanted: str,
+) -> list[Tensor]:
+    names = wanted.split()
+    grads = _backward(
+        grad_scale,
+        grad_rate,
+        scale,
+        library,
+        hidden,
+        weight,
+        scale_activation,
+        backend,
+        frozenset(names),
     )
-    assert d_logits is not None and d_library is not None
-    return d_logits.contiguous(), d_library.contiguous()
+    return [grad.contiguous() for name in names if (grad := grads[name]) is not None]
 
 
 @_op_backward.register_fake
@@ -112,23 +187,33 @@ def _(
     grad_rate: Tensor | None,
     scale: Tensor,
     library: Tensor,
+    hidden: Tensor | None,
+    weight: Tensor | None,
     scale_activation: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    return scale.new_empty(scale.shape), library.new_empty(library.shape)
+    wanted: str,
+) -> list[Tensor]:
+    shapes = {"logits": (scale if hidden is None else hidden).shape, "library": library.shape}
+    if weight is not None:
+        shapes |= {"weight": weight.shape, "bias": weight.shape[:1]}
+    return [scale.new_empty(shapes[name]) for name in wanted.split()]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[0], inputs[1])
-    ctx.options = inputs[2:]
+    logits, library, weight, _, *ctx.options = inputs
+    ctx.save_for_backward(output[0], library, None if weight is None else logits, weight)
 
 
 def _derive(ctx: Any, grad_scale: Tensor | None, grad_rate: Tensor | None) -> Any:
     if grad_scale is None and grad_rate is None:
-        return None, None, None, None
-    d_logits, d_library = _op_backward(grad_scale, grad_rate, *ctx.saved_tensors, *ctx.options)
-    return d_logits, d_library, None, None
+        return (None,) * 6
+    wanted = list(itertools.compress(_DIFFERENTIABLE, ctx.needs_input_grad))
+    results = _op_backward(
+        grad_scale, grad_rate, *ctx.saved_tensors, *ctx.options, " ".join(wanted)
+    )
+    grads = dict(zip(wanted, results, strict=True))
+    return *map(grads.get, _DIFFERENTIABLE), None, None
 
 
 _op.register_autograd(_derive, setup_context=_setup)
@@ -138,20 +223,30 @@ def softmax_library(
     logits: Tensor,
     library: Tensor,
     *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     scale_activation: str = "softmax",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Turn logits and library sizes into normalised and expected expression.
 
     ``px_scale = softmax(logits)`` over the genes (or ``softplus(logits)``) and
-    ``px_rate = exp(library) * px_scale``: the scale head of scvi-tools' ``DecoderSCVI``.
+    ``px_rate = exp(library) * px_scale``: the scale head of scvi-tools' ``DecoderSCVI``. With
+    ``weight`` it is the whole head, ``logits = hidden @ weight.T + bias``; logits are not kept for
+    the backward pass then, and on a GPU not stored beside the outputs.
 
     Parameters
     ----------
     logits
-        Output of the scale head, (N, G) or (S, N, G), floating point.
+        Output of the scale head, (N, G) or (S, N, G), floating point. With ``weight``, the hidden
+        units instead, (N, H) or (S, N, H).
     library
         Natural logarithm of the library size: anything that broadcasts to (..., N, 1).
+    weight
+        Weight of the scale head's linear map, (G, H), floating point; None if the first argument
+        holds logits.
+    bias
+        Its bias, (G,), floating point, or None.
     scale_activation
         ``"softmax"`` or ``"softplus"``.
     backend
@@ -160,24 +255,40 @@ def softmax_library(
     Returns
     -------
     tuple of Tensor
-        ``px_scale`` and ``px_rate``, two separate tensors of the shape of ``logits``, float32
-        (float64 if either input is). Differentiable once.
+        ``px_scale`` and ``px_rate``, two separate tensors, (N, G) or (S, N, G), float32 (float64 if
+        any input is). Differentiable once, in all four tensors. Products on a GPU are as precise as
+        ``torch.get_float32_matmul_precision()`` says, under autocast too.
 
     Raises
     ------
     ValueError
-        If shapes or devices do not fit, or an option is unknown.
+        If shapes or devices do not fit, ``bias`` comes without ``weight``, or an option is unknown.
     TypeError
         If an input is not of a floating-point dtype.
     """
     check_scale_activation(scale_activation)
-    check_floating(logits=logits, library=library)
-    check_together("logits", logits, library=library)
+    check_floating(logits=logits, library=library, weight=weight, bias=bias)
+    check_together("logits", logits, library=library, weight=weight, bias=bias)
+    last = "genes" if weight is None else "hidden units"
     if logits.dim() not in (2, 3):
         raise ValueError(
-            f"logits has shape {tuple(logits.shape)}, expected (cells, genes) or "
-            "(samples, cells, genes)"
+            f"logits has shape {tuple(logits.shape)}, expected (cells, {last}) or "
+            f"(samples, cells, {last})"
         )
+    if weight is not None:
+        if weight.dim() != 2:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, expected (genes, hidden units)"
+            )
+        expected = (weight.shape[0], logits.shape[-1])
+        check_shape("weight", weight, expected, "(genes, hidden units of logits)")
+    if bias is not None:
+        if weight is None:
+            raise ValueError(
+                f"bias of shape {tuple(bias.shape)} was given without weight: add it to the "
+                "logits, or pass hidden units, weight and bias"
+            )
+        check_shape("bias", bias, tuple(weight.shape[:1]), "one number a gene")
     shape = (*logits.shape[:-1], 1)
     try:
         fits = torch.broadcast_shapes(library.shape, shape) == shape and library.dim() > 0
@@ -188,9 +299,10 @@ def softmax_library(
             f"library has shape {tuple(library.shape)}, expected {shape} or something that "
             "broadcasts to it: one log library size a cell"
         )
-    dtype = compute_dtype(logits, library)
+    dtype = compute_dtype(logits, library, weight, bias)
     library = library.to(dtype).reshape((1,) * (logits.dim() - library.dim()) + library.shape)
-    args = (logits.to(dtype), library, scale_activation, backend)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    args = (logits.to(dtype), library, weight, bias, scale_activation, backend)
     if torch.compiler.is_compiling():
         return _op(*args)
     return _SoftmaxLibrary.apply(*args)

@@ -1,4 +1,4 @@
-"""Logits and library size to ``(px_scale, px_rate)``, in plain PyTorch."""
+"""Logits, or hidden units, and library size to ``(px_scale, px_rate)``, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def forward(logits: Tensor, library: Tensor, scale_activation: str) -> tuple[Tensor, Tensor]:
+def forward(
+    logits: Tensor,
+    library: Tensor,
+    scale_activation: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Compute ``px_scale`` and ``px_rate = exp(library) * px_scale``.
 
     Parameters
     ----------
     logits
-        (..., G).
+        (..., G); with ``weight``, hidden units (..., H).
     library
         Log library size, (..., 1), of as many dimensions as ``logits``.
     scale_activation
         ``"softmax"`` or ``"softplus"``.
+    weight, bias
+        (G, H) and (G,): the head that makes logits of hidden units.
     """
+    if weight is not None:
+        logits = F.linear(logits, weight, bias)
     if scale_activation == "softmax":
         scale = torch.softmax(logits, -1)
     else:

@@ -1,0 +1,886 @@
+"""Everything that wants a GPU: is it right there, how fast, in how much memory.
+
+``make gpu``, or ``python -m bench.gpu`` where the packages are already: under ten minutes on one
+GPU. First the tests of the Triton kernels run on the device; then each operation and the whole
+decoder with its likelihood are held against float64, and timed against stock (scvi-tools, or the
+same formulas in plain PyTorch where it is not installed): eager, eager with tf32, compiled with
+tf32. What is wrong is not timed. Results are written as they come, to
+``bench/results/<device>-<date>.json``; table and plots are made from it.
+
+Times are medians between CUDA events, of calls that take turns through several copies of their
+inputs, so that none is in the cache (compiled stock has one copy, to its advantage where that is
+small). What takes less than a millisecond is timed again as a CUDA graph, without the cost of its
+launches. Without a GPU the exit status is 2; ``--device cpu --quick`` rehearses the script there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from decoder_fast import DecoderSCVI, FCLayers
+from decoder_fast.backends import choose
+from decoder_fast.functional import count_nll, softmax_library
+
+from . import costs, report, stock
+from .shapes import SHAPES, Shape
+from .timing import environment
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+#: Seconds after which nothing new is begun, and the share of them that the tests may take.
+BUDGET, TESTS_SHARE = 540.0, 0.3
+#: torch's settings, by the names of the results.
+PRECISIONS = {"fp32": "highest", "tf32": "high", "bf16": "medium"}
+#: How far from float64 a result may be (norm of the error by norm of the truth), whatever stock's.
+TOLERANCE = {
+    "fp32": {"value": 1e-6, "gradient": 1e-5},
+    "tf32": {"value": 1e-4, "gradient": 1e-3},
+    "bf16": {"value": 1e-3, "gradient": 1e-2},
+}
+#: Below this a call is timed as a CUDA graph too: launching may take a large part of it.
+GRAPH_BELOW = 1e-3
+#: Seconds after which a timing stops, and its calls at least and at most.
+SECONDS_A_TIMING, CALLS = 0.12, (5, 60)
+NONZERO = 0.05
+#: Rows x genes above which a truth is computed by blocks of cells, and how large those are.
+BLOCK = 1 << 24
+
+Run = Callable[[], object]
+Row = dict[str, Any]
+
+
+# The machine
+# -----------
+
+
+class _HostEvent:
+    """A point in time, on a machine without CUDA events."""
+
+    seconds = 0.0
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        return (end.seconds - self.seconds) * 1e3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What differs between a GPU and the CPU on which this script is rehearsed."""
+
+    device: torch.device
+    name: str
+    cache_bytes: int
+    compiler: str
+    event: Callable[[], Any]
+    synchronize: Callable[[], None]
+    allocated: Callable[[], int]
+    reset_peak: Callable[[], None]
+    peak: Callable[[], int]
+    free: Callable[[], None]  # what the allocator holds
+    capture: Callable[[Run], Run]  # of a graph; returns what replays it
+    calls: tuple[int, int]  # of a timing, at least and at most
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _capture(run: Run) -> Run:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def machine(device: str) -> Machine:
+    """Describe the machine."""
+    if device == "cpu":
+        return Machine(
+            device=torch.device("cpu"),
+            name="rehearsal-cpu",
+            cache_bytes=1 << 13,
+            compiler="eager",  # compiles nothing, in no time
+            event=_HostEvent,
+            synchronize=lambda: None,
+            allocated=lambda: 0,
+            reset_peak=lambda: None,
+            peak=lambda: 0,
+            free=lambda: None,
+            capture=lambda run: run,
+            calls=(2, 2),
+        )
+    properties = torch.cuda.get_device_properties(0)
+    return Machine(
+        device=torch.device("cuda", 0),
+        name=properties.name,
+        cache_bytes=properties.L2_cache_size,
+        compiler="inductor",
+        event=lambda: torch.cuda.Event(enable_timing=True),
+        synchronize=torch.cuda.synchronize,
+        allocated=torch.cuda.memory_allocated,
+        reset_peak=torch.cuda.reset_peak_memory_stats,
+        peak=torch.cuda.max_memory_allocated,
+        free=_free,
+        capture=_capture,
+        calls=CALLS,
+    )
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Take float32 products in ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRECISIONS[precision])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def seconds(machine: Machine, runs: list[Run]) -> float:
+    """Median seconds of a call; the runs are the same on other inputs, and take turns."""
+    for run in runs:
+        run()
+    machine.synchronize()
+    times: list[float] = []
+    least, most = machine.calls
+    until = time.perf_counter() + SECONDS_A_TIMING
+    while len(times) < least or (len(times) < most and time.perf_counter() < until):
+        begin, end = machine.event(), machine.event()
+        begin.record()
+        runs[len(times) % len(runs)]()
+        end.record()
+        machine.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def graph_seconds(machine: Machine, runs: list[Run]) -> float | str:
+    """Seconds of a call in a CUDA graph of all the runs, or why there is none."""
+
+    def every() -> None:
+        for run in runs:
+            run()
+
+    try:
+        replay = machine.capture(every)
+    except RuntimeError as error:
+        machine.synchronize()
+        return f"cannot be captured: {str(error).splitlines()[0][:120]}"
+    return seconds(machine, [replay]) / len(runs)
+
+
+def peak_bytes(machine: Machine, run: Run) -> int:
+    """Bytes by which memory grows at most while ``run()`` runs, its results included."""
+    machine.synchronize()
+    before = machine.allocated()
+    machine.reset_peak()
+    result = run()
+    machine.synchronize()
+    del result
+    return machine.peak() - before
+
+
+def peaks(machine: Machine, quick: bool) -> dict[str, float]:
+    """What the device reaches: bytes a second of a copy, operations a second of products."""
+    n, size = (1 << 16, 128) if quick else (1 << 30, 8192)
+    source = torch.rand(n, device=machine.device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes
+    found = {"copy": copied / seconds(machine, [lambda: target.copy_(source)])}
+    a, b = (torch.randn(size, size, device=machine.device) for _ in range(2))
+    out = torch.empty_like(a)
+    for name in ("fp32", "tf32"):
+        with products(name):
+            found[name] = 2 * size**3 / seconds(machine, [lambda: torch.mm(a, b, out=out)])
+    a, b = a.bfloat16(), b.bfloat16()
+    found["bf16"] = 2 * size**3 / seconds(machine, [lambda: a @ b])
+    return found
+
+
+# The problems
+# ------------
+
+
+@dataclass
+class Case:
+    """One set of inputs of an operation, and the ways to compute it."""
+
+    leaves: dict[str, Tensor]  # what is differentiated
+    upstream: tuple[Tensor, ...] | None  # gradients of the outputs; of ones if None
+    eager: Callable[[], tuple[Tensor, ...]]
+    graph: Callable[[], tuple[Tensor, ...]]  # stock without what cannot be compiled
+    ours: dict[str, Callable[[], tuple[Tensor, ...]]]
+    truth: Callable[[], list[Tensor]]  # outputs and gradients, in the order of the leaves
+    training: bool
+
+    def forward(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(self.training):
+            return function()
+
+    def backward(self, outputs: tuple[Tensor, ...], *, keep: bool = False) -> list[Tensor]:
+        wanted = list(self.leaves.values())
+        upstream = self.upstream
+        if upstream is None:
+            upstream = tuple(torch.ones_like(out) for out in outputs)
+        return list(torch.autograd.grad(outputs, wanted, upstream, retain_graph=keep))
+
+    def both(self, function: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+        outputs = self.forward(function)
+        gradients = self.backward(outputs) if self.training else []
+        return [*(out.detach() for out in outputs), *gradients]
+
+
+class Random:
+    """Random tensors on a device, from one seed."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *size: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(size, device=self.device, generator=self.generator).mul_(scale)
+
+    def labels(self, n: int, n_cats: int) -> Tensor:
+        return torch.randint(n_cats, (n, 1), device=self.device, generator=self.generator)
+
+    def counts(self, n: int, genes: int) -> Tensor:
+        """Counts of 1, 2, ... (geometric), of which 5 % are not zero."""
+        x = torch.rand(n, genes, device=self.device, generator=self.generator)
+        return x.div_(NONZERO).log_().div_(-0.9).ceil_().clamp_(0, 1e4)
+
+    def latent(self, shape: Shape, width: int) -> Tensor:
+        return self.normal(*((shape.samples,) if shape.samples > 1 else ()), shape.cells, width)
+
+    def library(self, shape: Shape) -> Tensor:
+        return self.normal(shape.cells, 1, scale=0.3) + 8
+
+
+def _csr(x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that CSR tensors are in beta
+        csr = x.to_sparse_csr()
+        return torch.sparse_csr_tensor(
+            csr.crow_indices().int(), csr.col_indices().int(), csr.values(), size=x.shape
+        )
+
+
+def _layer_options(shape: Shape) -> dict[str, Any]:
+    return {
+        "n_cat_list": [shape.batches],
+        "n_layers": shape.layers,
+        "n_hidden": shape.hidden,
+        "inject_covariates": shape.inject_covariates,
+        "use_batch_norm": shape.norm == "batch",
+        "use_layer_norm": shape.norm == "layer",
+        "activation_fn": nn.ReLU if shape.activation == "relu" else nn.LeakyReLU,
+    }
+
+
+def _wide(module: Any) -> Any:
+    """A copy in float64."""
+    return copy.deepcopy(module).double()
+
+
+def hidden_layers(shape: Shape, machine: Machine, seed: int) -> Case:
+    """``covariate_linear``: all hidden layers of the decoder."""
+    torch.manual_seed(seed)
+    layers = FCLayers(shape.latent, shape.hidden, dropout_rate=0.0, **_layer_options(shape))
+    layers.to(machine.device).train(shape.training)
+    random = Random(machine.device, seed)
+    z = random.latent(shape, shape.latent).requires_grad_(shape.training)
+    batch = random.labels(shape.cells, shape.batches)
+    upstream = (random.latent(shape, shape.hidden),)
+
+    def truth() -> list[Tensor]:
+        wide, z64 = _wide(layers), z.detach().double().requires_grad_()
+        out = stock.hidden_layers(wide, z64, batch)
+        gradients: tuple[Tensor, ...] = ()
+        if shape.training:
+            gradients = torch.autograd.grad(out, [z64, *wide.parameters()], upstream[0].double())
+        return [out.detach(), *gradients]
+
+    def plain() -> tuple[Tensor, ...]:
+        return (stock.hidden_layers(layers, z, batch),)
+
+    return Case(
+        leaves={"z": z, **dict(layers.named_parameters())},
+        upstream=upstream,
+        eager=plain,
+        graph=plain,
+        ours={"ours": lambda: (layers(z, batch),)},
+        truth=truth,
+        training=shape.training,
+    )
+
+
+def scale_and_rate(shape: Shape, machine: Machine, seed: int) -> Case:
+    """``softmax_library``: logits and library to px_scale and px_rate."""
+    random = Random(machine.device, seed)
+    logits = random.latent(shape, shape.genes).requires_grad_()
+    library = random.library(shape)
+    upstream = (random.latent(shape, shape.genes), random.latent(shape, shape.genes))
+
+    def plain(logits: Tensor = logits, library: Tensor = library) -> tuple[Tensor, Tensor]:
+        scale = torch.softmax(logits, -1)
+        return scale, torch.exp(library) * scale
+
+    def truth() -> list[Tensor]:
+        parts: list[list[Tensor]] = []
+        for cells in _blocks(shape):
+            a = logits.detach()[..., cells, :].double().requires_grad_()
+            outputs = plain(a, library[cells].double())
+            gradients = ()
+            if shape.training:
+                up = [u[..., cells, :].double() for u in upstream]
+                gradients = torch.autograd.grad(outputs, [a], up)
+            # in float32, whose rounding is far below any tolerance here: float64 would not fit
+            parts.append([t.detach().float() for t in (*outputs, *gradients)])
+        return [torch.cat(part, -2) for part in zip(*parts, strict=True)]
+
+    return Case(
+        leaves={"logits": logits},
+        upstream=upstream,
+        eager=plain,
+        graph=plain,
+        ours={"ours": lambda: softmax_library(logits, library)},
+        truth=truth,
+        training=shape.training,
+    )
+
+
+def _blocks(shape: Shape) -> Iterator[slice]:
+    step = max(1, min(shape.cells, BLOCK // (shape.samples * shape.genes)))
+    for start in range(0, shape.cells, step):
+        yield slice(start, min(start + step, shape.cells))
+
+
+def _plain_loss(
+    take: Callable[..., Tensor],
+    shape: Shape,
+    p: dict[str, Tensor],
+) -> tuple[Tensor, ...]:
+    """Stock's heads (the dropout head among them whatever the likelihood) and likelihood."""
+    scale = torch.softmax(nn.functional.linear(p["hidden"], p["scale"], p["scale bias"]), -1)
+    rate = torch.exp(p["library"]) * scale
+    dropout = nn.functional.linear(p["hidden"], p["dropout"], p["dropout bias"])
+    return (take(shape.likelihood, p["x"], rate, torch.exp(p["px_r"]), dropout),)
+
+
+def likelihood(shape: Shape, machine: Machine, seed: int) -> Case:
+    """``count_nll``: heads and likelihood, from hidden units; dispersion by gene."""
+    random, h, genes = Random(machine.device, seed), shape.hidden, shape.genes
+    x = random.counts(shape.cells, genes)
+    csr = _csr(x)
+    p = {
+        "x": x,
+        "library": random.library(shape),
+        "hidden": random.latent(shape, h).relu_(),
+        "scale": random.normal(genes, h, scale=0.05),
+        "scale bias": random.normal(genes),
+        "dropout": random.normal(genes, h, scale=0.05),
+        "dropout bias": random.normal(genes),
+        "px_r": random.normal(genes),
+    }
+    leaves = {
+        name: tensor.requires_grad_(shape.training)
+        for name, tensor in p.items()
+        if name not in ("x", "library")
+        and (shape.likelihood == "zinb" or not name.startswith("dropout"))
+        and (shape.likelihood != "poisson" or name != "px_r")
+    }
+
+    def ours(counts: Tensor) -> tuple[Tensor, ...]:
+        nll = count_nll(
+            counts,
+            p["hidden"],
+            p["library"],
+            p["scale"],
+            p["scale bias"],
+            likelihood=shape.likelihood,
+            dropout_weight=p["dropout"],
+            dropout_bias=p["dropout bias"],
+            px_r=p["px_r"],
+        )
+        return (nll,)
+
+    def truth() -> list[Tensor]:
+        by_cell = ("x", "library", "hidden")
+        wide = {name: tensor.detach().double() for name, tensor in p.items() if name != "x"}
+        losses: list[Tensor] = []
+        sums = {name: torch.zeros_like(wide[name]) for name in leaves}
+        for cells in _blocks(shape):
+            block = {k: v[..., cells, :] if k in by_cell else v.clone() for k, v in wide.items()}
+            block["x"] = x[cells].double()
+            block = {k: v.requires_grad_() if k in leaves else v for k, v in block.items()}
+            with torch.set_grad_enabled(shape.training):
+                (nll,) = _plain_loss(stock.loss, shape, block)
+            losses.append(nll.detach())
+            if shape.training:
+                wanted = [block[name] for name in leaves]
+                for name, part in zip(leaves, torch.autograd.grad(nll.sum(), wanted), strict=True):
+                    into = sums[name][..., cells, :] if name == "hidden" else sums[name]
+                    into += part
+        return [torch.cat(losses, -1), *(sums.values() if shape.training else ())]
+
+    return Case(
+        leaves=leaves,
+        upstream=None,
+        eager=lambda: _plain_loss(stock.checked_loss, shape, p),
+        graph=lambda: _plain_loss(stock.loss, shape, p),
+        ours={"ours": lambda: ours(x), "ours, CSR": lambda: ours(csr)},
+        truth=truth,
+        training=shape.training,
+    )
+
+
+def decoder(shape: Shape, machine: Machine, seed: int) -> Case:
+    """The decoder and its likelihood, from latent space to losses."""
+
+    torch.manual_seed(seed)
+    module = DecoderSCVI(shape.latent, shape.genes, **_layer_options(shape))
+    module.to(machine.device).train(shape.training)
+    random = Random(machine.device, seed)
+    z = random.latent(shape, shape.latent).requires_grad_(shape.training)
+    batch, library = random.labels(shape.cells, shape.batches), random.library(shape)
+    px_r = random.normal(shape.genes).requires_grad_(shape.training)
+    x = random.counts(shape.cells, shape.genes)
+    csr = _csr(x)
+    unused = {"px_r_decoder"} | ({"px_dropout_decoder"} if shape.likelihood != "zinb" else set())
+    leaves = {"z": z} | {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if name.split(".")[0] not in unused
+    }
+    if shape.likelihood != "poisson":
+        leaves["px_r"] = px_r
+
+    def plain(take: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        rate, dropout = stock.decode(module, z, library, batch)
+        return (take(shape.likelihood, x, rate, torch.exp(px_r), dropout),)
+
+    def ours(counts: Tensor) -> tuple[Tensor, ...]:
+        poisson = shape.likelihood == "poisson"
+        nll = module.reconstruction_loss(
+            counts,
+            z,
+            library,
+            batch,
+            likelihood=shape.likelihood,
+            px_r=None if poisson else px_r,
+        )
+        return (nll,)
+
+    def truth() -> list[Tensor]:
+        """The losses alone: gradients are checked of the operations one by one."""
+        wide, losses = _wide(module), []
+        with torch.no_grad():
+            hidden = stock.hidden_layers(wide.px_decoder, z.double(), batch)
+            for cells in _blocks(shape):
+                h, size = hidden[..., cells, :], library[cells].double()
+                rate = torch.exp(size) * wide.px_scale_decoder(h)
+                dropout, theta = wide.px_dropout_decoder(h), torch.exp(px_r.double())
+                counts = x[cells].double()
+                losses.append(stock.loss(shape.likelihood, counts, rate, theta, dropout))
+        return [torch.cat(losses, -1)]
+
+    return Case(
+        leaves=leaves,
+        upstream=None,
+        eager=lambda: plain(stock.checked_loss),
+        graph=lambda: plain(stock.loss),
+        ours={"ours": lambda: ours(x), "ours, CSR": lambda: ours(csr)},
+        truth=truth,
+        training=shape.training,
+    )
+
+
+#: What is measured at each shape, and the operations that it consists of.
+PARTS: dict[str, tuple[Callable[[Shape, Machine, int], Case], tuple[str, ...]]] = {
+    "count_nll": (likelihood, ("count_nll",)),
+    "decoder and likelihood": (decoder, ("covariate_linear", "count_nll")),
+    "covariate_linear": (hidden_layers, ("covariate_linear",)),
+    "softmax_library": (scale_and_rate, ("softmax_library",)),
+}
+
+
+# Measuring
+# ---------
+
+
+def errors(got: list[Tensor], truth: list[Tensor], n_outputs: int) -> dict[str, float]:
+    """Largest error of an output, and of a gradient; as many as the truth has.
+
+    Norm of the error by norm of the truth, but by no less than a thousandth of the largest norm of
+    its kind: a bias before batch norm has no gradient but rounding.
+    """
+    found: dict[str, float] = {}
+    kinds = {"value": slice(0, n_outputs), "gradient": slice(n_outputs, len(truth))}
+    for kind, which in kinds.items():
+        norms = [torch.linalg.vector_norm(t.double()).item() for t in truth[which]]
+        for g, t, norm in zip(got[which], truth[which], norms, strict=True):
+            off = torch.linalg.vector_norm(g.double() - t).item()
+            error = off / (max(norm, 1e-3 * max(norms)) or 1.0)
+            # NaN, which max may pass over, is the worst of all
+            found[kind] = max(found.get(kind, 0.0), error, key=lambda e: (e != e, e))
+    return found
+
+
+def is_right(error: dict[str, float], stock_error: dict[str, float], precision: str) -> bool:
+    """Whether errors are within the tolerance, or within three times stock's; NaN never is."""
+    return all(
+        found <= max(TOLERANCE[precision][kind], 3 * stock_error[kind])
+        for kind, found in error.items()
+    )
+
+
+def _time(
+    machine: Machine, cases: list[Case], pick: Callable[[Case], Callable[[], tuple[Tensor, ...]]]
+) -> dict[str, Any]:
+    """Seconds forward, and forward + backward; as a graph where they are few; peak memory."""
+    found: dict[str, Any] = {}
+    directions: dict[str, list[Run]] = {
+        "forward": [lambda case=case: case.forward(pick(case)) for case in cases]
+    }
+    if cases[0].training:
+        directions["both"] = [lambda case=case: case.both(pick(case)) for case in cases]
+    for direction, runs in directions.items():
+        found[direction] = seconds(machine, runs)
+        if found[direction] < GRAPH_BELOW:
+            found[f"{direction}, graph"] = graph_seconds(machine, runs)
+    if "both" in found:
+        found["backward"] = max(0.0, found["both"] - found["forward"])
+    found["peak bytes"] = peak_bytes(machine, runs[0])
+    return found
+
+
+def measure(part: str, shape: Shape, machine: Machine) -> Row:
+    """Check, then time, one part at one shape."""
+    make, operations = PARTS[part]
+    cases = [make(shape, machine, 0)]
+    inputs = sum(t.nbytes for t in cases[0].leaves.values()) + shape.cells * shape.genes * 4
+    copies = min(4, 1 + 3 * machine.cache_bytes // inputs)
+    cases += [make(shape, machine, seed) for seed in range(1, copies)]
+    case = cases[0]
+    truth = case.truth()
+    n_outputs = len(case.forward(case.eager))
+    row: Row = {"part": part, "shape": shape.name, "copies": copies, "errors": {}, "wrong": []}
+    needed = sum((costs.NEEDED[name](shape) for name in operations), costs.Needed(0))
+    row["needed bytes"], row["needed flops"] = needed.bytes, needed.flops
+    row["gradient bytes"] = sum(t.nbytes for t in case.leaves.values()) * case.training
+    times: dict[str, Any] = {}
+    row["times"] = times
+    for precision in PRECISIONS:
+        with products(precision):
+            stock_error = errors(case.both(case.eager), truth, n_outputs)
+            row["errors"][f"stock eager, {precision}"] = stock_error
+            if precision != "bf16":
+                times[f"stock eager, {precision}"] = _time(machine, cases, lambda c: c.eager)
+            if precision == "tf32":
+                times[f"stock compiled, {precision}"] = _compiled(machine, case)
+            for name, function in case.ours.items():
+                alternative = f"{name}, {precision}"
+                error = errors(case.both(function), truth, n_outputs)
+                row["errors"][alternative] = error
+                if is_right(error, stock_error, precision):
+                    times[alternative] = _time(machine, cases, lambda c, n=name: c.ours[n])
+                else:
+                    row["wrong"].append(alternative)
+    return row
+
+
+def _compiled(machine: Machine, case: Case) -> dict[str, Any]:
+    torch._dynamo.reset()  # each shape for itself: no dynamic shapes
+    function = torch.compile(
+        case.graph, fullgraph=True, dynamic=False, backend=machine.compiler
+    )
+    try:
+        return _time(machine, [case], lambda _: function)
+    except Exception as error:  # the compiler's own affair, and no reason to stop
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+
+
+def training_step(shape: Shape, machine: Machine) -> Row:
+    """Loss, gradients and Adam's step of the decoder and its dispersions, in tf32."""
+    times: dict[str, Any] = {}
+    with products("tf32"):
+        for name in ("stock eager", "ours", "ours, CSR"):
+            case = decoder(shape, machine, 0)
+            parameters = [t for k, t in case.leaves.items() if k != "z"]
+            adam = torch.optim.Adam(parameters, capturable=machine.device.type == "cuda")
+            function = case.graph if name == "stock eager" else case.ours[name]
+
+            def step(function: Any = function, adam: Any = adam) -> None:
+                adam.zero_grad()
+                function()[0].mean().backward()
+                adam.step()
+
+            times[f"{name}, tf32"] = {
+                "both": seconds(machine, [step]),
+                "both, graph": graph_seconds(machine, [step]),
+                "peak bytes": peak_bytes(machine, step),
+            }
+    return {"part": "training step", "shape": shape.name, "times": times, "wrong": []}
+
+
+def epoch(machine: Machine, quick: bool) -> Row:
+    """One epoch of ``SCVI.train``, stock and fused, data loading included."""
+    import scvi
+
+    from decoder_fast import fuse
+    from decoder_fast.datasets import simulate_atlas
+
+    cells, genes, size = (256, 100, 128) if quick else (20_000, 2_000, 128)
+    adata = simulate_atlas(n_cells=cells, n_genes=genes, n_batches=4, seed=0)
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    scvi.settings.seed = 0
+    times = {}
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        os.chdir(folder)  # Lightning leaves its logs in the current folder
+        try:
+            for name in ("stock eager", "ours"):
+                model = scvi.model.SCVI(adata)
+                model = fuse(model) if name == "ours" else model
+
+                def train(model: Any = model) -> None:
+                    model.train(
+                        max_epochs=1,
+                        batch_size=size,
+                        train_size=1.0,
+                        accelerator="gpu" if machine.device.type == "cuda" else "cpu",
+                        enable_progress_bar=False,
+                        logger=False,
+                    )
+
+                train()
+                machine.synchronize()
+                began = time.perf_counter()
+                train()
+                machine.synchronize()
+                times[f"{name}, fp32"] = {"both": time.perf_counter() - began}
+        finally:
+            os.chdir(here)
+    where = f"{cells:,} cells x {genes:,} genes, mini-batches of {size}"
+    return {"part": "SCVI.train, an epoch", "shape": where, "times": times, "wrong": []}
+
+
+def run_tests(budget: float, quick: bool) -> dict[str, str]:
+    """Run the tests of the Triton kernels on the device, all files at once: file to verdict."""
+    files = sorted((ROOT / "tests").glob("test_*_triton.py"))
+    missing = [name for name in ("pytest", "hypothesis", "mpmath") if not _found(name)]
+    if missing:
+        return dict.fromkeys((f.name for f in files), f"not run: no {', '.join(missing)} here")
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
+    command += ["--collect-only"] * quick
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    until = time.perf_counter() + budget
+    running = {}
+    verdicts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:
+            log = open(Path(folder) / file.name, "w+")
+            running[file.name] = log, subprocess.Popen(
+                [*command, str(file)], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+        for name, (log, process) in running.items():
+            with log:
+                try:
+                    process.wait(max(1.0, until - time.perf_counter()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    verdicts[name] = "not finished in time"
+                    continue
+                log.seek(0)
+                lines = log.read().strip().splitlines()
+                last = lines[-1] if lines else ""
+                verdicts[name] = last if process.returncode == 0 else f"failed: {last}"
+                if process.returncode != 0:
+                    print("\n".join(lines[-40:]))
+    return verdicts
+
+
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+# Everything
+# ----------
+
+
+class Results:
+    """What was found so far, in a file that is written anew after every row."""
+
+    def __init__(self, file: Path, about: dict[str, Any]) -> None:
+        self.file = file
+        self.content: dict[str, Any] = {**about, "rows": [], "skipped": [], "failed": []}
+
+    def add(self, row: Row) -> None:
+        """Add a row."""
+        self.content["rows"].append(row)
+        self.write()
+
+    def skip(self, what: str, why: str) -> None:
+        """Say what was not measured, and why."""
+        tqdm.write(f"not measured: {what}: {why}")
+        self.content["skipped"].append({"what": what, "why": why})
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.content, indent=1) + "\n"
+        self.file.write_text(text)
+
+
+def _about(machine: Machine) -> dict[str, Any]:
+    about = environment()
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    backends = {
+        operation: choose(operation, device=machine.device)
+        for operation in ("covariate_linear", "softmax_library", "count_nll")
+    }
+    return {
+        "environment": {**about, "device": machine.name, "triton": triton or "not installed"},
+        "stock": "scvi-tools " + v if (v := stock.installed()) else "its formulas in plain PyTorch",
+        "backends": {name: choice.backend for name, choice in backends.items()},
+        "passed over": {name: choice.reasons for name, choice in backends.items()},
+    }
+
+
+def _quick(shape: Shape) -> Shape:
+    """The same model, tiny."""
+    return replace(
+        shape,
+        cells=24,
+        genes=40,
+        batches=min(3, shape.batches),
+        hidden=16,
+        latent=5,
+        samples=min(2, shape.samples),
+    )
+
+
+def run(machine: Machine, results: Results, budget: float, quick: bool) -> None:
+    """Measure everything that there is time for."""
+    began = time.perf_counter()
+
+    def left(share: float = 1.0) -> float:
+        return share * budget - (time.perf_counter() - began)
+
+    verdicts = run_tests(left(TESTS_SHARE), quick)
+    results.content["tests"] = verdicts
+    for name, verdict in verdicts.items():
+        print(f"{name}: {verdict}")
+    failed = {
+        name.removeprefix("test_").removesuffix("_triton.py")
+        for name, verdict in verdicts.items()
+        if verdict.startswith("failed")
+    }
+    results.content["peaks"] = peaks(machine, quick)
+    results.write()
+
+    def attempt(what: str, needs: tuple[str, ...], make: Callable[[], Row]) -> None:
+        if bad := failed.intersection(needs):
+            return results.skip(what, f"the tests of {', '.join(sorted(bad))} fail")
+        if left() <= 0:
+            return results.skip(what, "out of time")
+        try:
+            row = make()
+        except Exception as error:  # one failure must not cost the other measurements
+            results.content["failed"].append(what)
+            return results.skip(what, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        finally:
+            machine.free()
+        for name in row["wrong"]:
+            tqdm.write(f"WRONG, and not timed: {what}: {name}: {row['errors'][name]}")
+        return results.add(row)
+
+    shapes = list(SHAPES.values())
+    if quick:
+        shapes = [_quick(SHAPES[name]) for name in ("tutorial", "hlca", "peaks", "montecarlo")]
+    both = PARTS["decoder and likelihood"][1]
+    attempt("training step", both, lambda: training_step(shapes[0], machine))
+    if _found("scvi"):
+        attempt("SCVI.train", both, lambda: epoch(machine, quick))
+    else:
+        results.skip("SCVI.train through fuse(model)", "scvi-tools is not installed here")
+    jobs = [(part, shape) for part in PARTS for shape in shapes]
+    for part, shape in (bar := tqdm(jobs)):
+        bar.set_description(f"{part}, {shape.name}")
+        attempt(
+            f"{part} at {shape.name}", PARTS[part][1], lambda: measure(part, shape, machine)
+        )
+    print(f"{budget - left():.0f} s")
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a rehearsal")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
+    parser.add_argument("--out", type=Path, help="folder; default: bench/results, if on a GPU")
+    args = parser.parse_args()
+    if args.out is None:
+        args.out = RESULTS if args.device == "cuda" else Path(tempfile.mkdtemp())
+    if args.device == "cuda" and not torch.cuda.is_available():
+        build = "a CPU build of torch" if torch.version.cuda is None else "no GPU or driver"
+        print(
+            f"There is no GPU to measure: torch {torch.__version__} sees none ({build}). Run this "
+            "on a machine with an NVIDIA GPU, its driver and a CUDA build of torch; or rehearse "
+            "it with: python -m bench.gpu --device cpu --quick",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    here = machine(args.device)
+    about = _about(here)
+    stem = re.sub(r"[^a-z0-9]+", "-", here.name.lower()).strip("-")
+    file = args.out / f"{stem}-{about['environment']['date']}.json"
+    results = Results(file, about)
+    run(here, results, args.budget, args.quick)
+    file.with_suffix(".md").write_text(text := report.gpu(results.content))
+    print(text)
+    written = [file, file.with_suffix(".md"), *report.gpu_plots(results.content, file)]
+    print("written: " + ", ".join(map(str, written)))
+    wrong = [name for row in results.content["rows"] for name in row["wrong"]]
+    failed = [v for v in results.content["tests"].values() if v.startswith("failed")]
+    if bad := [*wrong, *failed, *results.content["failed"]]:
+        sys.exit(f"{len(bad)} wrong or failed: {'; '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
