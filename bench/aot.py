@@ -416,6 +416,8 @@ class _Recorder:
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if 0 in grid:
             return
+        if self.backend == "hip":
+            options.pop("maxnreg", None)  # as launch does
         stand_ins = [_stand_in(arg) for arg in args]
         leaves, tree = torch.utils._pytree.tree_flatten(stand_ins)
         numbers = (leaf.key() if isinstance(leaf, _Pointer) else repr(leaf) for leaf in leaves)

@@ -4,4 +4,4 @@ Installed as ``decoder_fast.triton_kernels``: Triton itself ships a top-level pa
 """
 
 #: Names of the operations that have a Triton kernel in this version.
-OPERATIONS: frozenset[str] = frozenset({"count_nll"})
+OPERATIONS: frozenset[str] = frozenset({"covariate_linear", "softmax_library", "count_nll"})
