@@ -522,3 +522,94 @@ def test_fuzz(triton_device, n, n_genes, n_hidden, case, csr, route, seed):
         patch.setattr(kernels, "is_fused", lambda inputs: fused)
         patch.setattr(kernels, "CHUNK_BYTES", 1)
         check(x, parameters, triton_device, csr=csr, likelihood=likelihood, floor=4e-6)
+
+
+def test_compile(dynamo, take, triton_device):
+    """One graph, the same bits."""
+    take("chunked")
+    x, parameters = problem("zinb", "gene", n=18, n_genes=70)
+    options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
+    expected = evaluate(count_nll, x, parameters, torch.float32, **options)
+    compiled = torch.compile(count_nll, fullgraph=True, backend="aot_eager")
+    got = evaluate(compiled, x, parameters, torch.float32, **options)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees none")
+every_case = pytest.mark.parametrize(("likelihood", "by"), EVERY)
+
+
+def gpu_step(likelihood, by, device="cuda", csr=True):
+    """A function that takes a step, and the tensors that it reads."""
+    x, parameters = problem(likelihood, by, n=300, n_genes=1000)
+    x = (x.to_sparse_csr() if csr else x).to(device)
+    tensors = {name: value.to(device) for name, value in parameters.items()}
+    leaves = [t.requires_grad_() for t in tensors.values() if t.is_floating_point()]
+    arguments = dict(tensors)
+    positional = [arguments.pop(name) for name in ("hidden", "library", "scale_weight")]
+    upstream = torch.linspace(-1, 1, 300, device=device)
+
+    def step(function=count_nll):
+        nll = function(x, *positional, likelihood=likelihood, **arguments)
+        return [nll, *torch.autograd.grad(nll, leaves, upstream)]
+
+    return step, leaves
+
+
+@on_gpu
+@every_case
+def test_cuda_graph(likelihood, by):
+    """A whole step waits for nothing, and replays to the same bits."""
+    step, _ = gpu_step(likelihood, by)
+    expected = [t.clone() for t in step()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
+
+
+@on_gpu
+def test_streams():
+    step, leaves = gpu_step("zinb", "gene")
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**7)  # whatever does not wait for it comes too early
+        for leaf in leaves:
+            leaf.data.mul_(1.0)
+        got = step()
+    stream.synchronize()
+    assert all(map(torch.equal, got, expected))
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_second_device():
+    results = [gpu_step("zinb", "table", f"cuda:{i}")[0]() for i in (0, 1)]
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*results, strict=True))
+
+
+@on_gpu
+@every_case
+def test_autocast(likelihood, by):
+    step, _ = gpu_step(likelihood, by)
+    expected = step()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        got = step()
+    assert all(map(torch.equal, got, expected))
+
+
+@on_gpu
+def test_default():
+    """On a GPU nobody has to ask for them."""
+    from decoder_fast.backends import choose
+
+    assert choose(OPERATION, device=torch.device("cuda"), likelihood="nb").backend == "triton"
