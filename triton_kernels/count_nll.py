@@ -17,9 +17,9 @@ With Binet's function ``S(v) = lgamma(v) - ((v - 1/2) log(v) - v + log(2 pi) / 2
 probability of the negative binomial is that of a mean equal to the count, which is
 ``-log(2 pi x (x + theta) / theta) / 2 + S(x + theta) - S(theta) - S(x)``, plus a deviance, which is
 ``x log1p(theta (mu - x) / (x (mu + theta))) - theta log((mu + theta) / (x + theta))``: each part is
-about as small as the result, where ``lgamma(x + theta) - lgamma(theta)`` cancels. ``S`` is a short polynomial in ``1/v``,
-so that counts of zero need no kernel of their own (Loader 2000, Fast and accurate computation of
-binomial probabilities).
+about as small as the result, where ``lgamma(x + theta) - lgamma(theta)`` cancels. ``S`` is a short
+polynomial in ``1/v``, so that the non-zeros need no kernel of their own (Loader 2000, Fast and
+accurate computation of binomial probabilities).
 """
 
 from __future__ import annotations
