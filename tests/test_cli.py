@@ -312,13 +312,17 @@ def test_ctrl_c(capsys, folder, earlier, monkeypatch, scvi):
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the signal did not interrupt the training")
 
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(scvi.train.TrainingPlan, "validation_step", step)
-    status, _, errors = run(capsys, *earlier)
-    assert status == 130
-    assert "interrupted, nothing was written" in errors
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert intact(folder)
+    handler = signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)  # a shell's background jobs ignore it
+    try:
+        monkeypatch.setattr(scvi.train.TrainingPlan, "validation_step", step)
+        status, _, errors = run(capsys, *earlier)
+        assert status == 130
+        assert "interrupted, nothing was written" in errors
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert intact(folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm(capsys, folder, earlier, monkeypatch, scvi):
