@@ -180,6 +180,28 @@ def test_monte_carlo_samples_without_biases(likelihood, by, take, triton_device)
     check(x, parameters, triton_device, likelihood=likelihood)
 
 
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+def test_long_sums(likelihood, take, kernels, triton_device, monkeypatch):
+    """120 tiles added by one program: plain float32 sums would lose a digit."""
+    take("chunked")
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    by = "none" if likelihood == "poisson" else "gene"
+    x, parameters = problem(likelihood, by, n=4, n_genes=15_333, n_hidden=2)
+    options = {"likelihood": likelihood, "scale_activation": "softplus", "wanted": {"library"}}
+    exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, **options)
+    got = evaluate(
+        count_nll,
+        x,
+        parameters,
+        torch.float32,
+        device=triton_device,
+        backend="triton",
+        **options,
+    )
+    relative = (got["nll"].double() / exact["nll"] - 1).abs()
+    assert relative.max() <= 1.2e-7  # two roundings
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 130, 3), (35, 1, 130), (3, 65, 64)])
 def test_small_and_odd_shapes(shape, route, take, triton_device):
