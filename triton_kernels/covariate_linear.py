@@ -210,45 +210,53 @@ def _linear(
     """
     group = tl.program_id(0) // n_row_tiles
     tile = tl.program_id(0) % n_row_tiles
-    group_row = tile * ROWS + tl.arange(0, ROWS)
-    row_mask = group_row < group_rows
-    rows = group * group_rows + group_row
-    cells = rows % n_cells
-    units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    first_row = group * group_rows + tile * ROWS
+    rows = tl.arange(0, ROWS)
+    row_mask = tile * ROWS + rows < group_rows
+    cells = (first_row + rows) % n_cells
+    first_unit = tl.program_id(1) * UNITS
+    units = first_unit + tl.arange(0, UNITS)
     unit_mask = units < n_hidden
     inside = row_mask[:, None] & unit_mask[None, :]
-    weight_rows = units.to(tl.int64) * n_columns
+    # 64 bits for where a tile begins, 32 within it: half the registers.
+    weight_tile = weight + first_unit.to(tl.int64) * n_columns
+    weight_rows = tl.arange(0, UNITS) * n_columns
 
     value = tl.zeros((ROWS, UNITS), tl.float32)
     for k in tl.static_range(len(labels)):
         label = tl.load(labels[k] + cells, mask=row_mask, other=0)
         in_range = (label >= 0) & (label < n_cats[k])
+        column = weight_tile + label_starts[k] + label
         value += tl.load(
-            weight + weight_rows[None, :] + (label_starts[k] + label)[:, None],
-            mask=inside & in_range[:, None],
-            other=0.0,
+            column[:, None] + weight_rows[None, :], mask=inside & in_range[:, None], other=0.0
         )
     if bias is not None:
         value += tl.load(bias + units, mask=unit_mask, other=0.0)[None, :]
     for k in tl.static_range(len(matrices)):
-        matrix_rows = rows if k == 0 else cells
+        if k == 0:
+            matrix_tile = matrices[k] + first_row.to(tl.int64) * widths[k]
+            matrix_rows = rows * widths[k]
+        else:
+            matrix_tile = matrices[k]
+            matrix_rows = cells.to(tl.int64) * widths[k]
         for start in range(0, widths[k], COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             column_mask = columns < widths[k]
             left = tl.load(
-                matrices[k] + matrix_rows.to(tl.int64)[:, None] * widths[k] + columns[None, :],
+                matrix_tile + matrix_rows[:, None] + columns[None, :],
                 mask=row_mask[:, None] & column_mask[None, :],
                 other=0.0,
             )
             right = tl.load(
-                weight + weight_rows[:, None] + (matrix_starts[k] + columns)[None, :],
+                weight_tile + matrix_starts[k] + weight_rows[:, None] + columns[None, :],
                 mask=unit_mask[:, None] & column_mask[None, :],
                 other=0.0,
             )
             value = dot(left, tl.trans(right), value, PRECISION)
-    offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
+    begin = first_row.to(tl.int64) * n_hidden
+    offsets = rows[:, None] * n_hidden + units[None, :]
     if v is not None:
-        tl.store(v + offsets, value, mask=inside)
+        tl.store(v + begin + offsets, value, mask=inside)
     if labels_ok is not None:
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             _check_labels(labels, n_cats, labels_ok, n_cells, 512)
@@ -288,7 +296,7 @@ def _linear(
     if out is not None:
         if LAYER_NORM:
             a, _ = _layer_norm(a, inside, n_hidden, layer_norm_eps)
-        tl.store(out + offsets, _activate(a, parameter, ACTIVATION), mask=inside)
+        tl.store(out + begin + offsets, _activate(a, parameter, ACTIVATION), mask=inside)
 
 
 @triton.jit
@@ -350,6 +358,18 @@ def _batch_norm(
 
 
 @triton.jit
+def _tile_of_rows(group, tile, group_rows, units, unit_mask, n_hidden, ROWS: tl.constexpr):
+    """Where a tile of (rows, units) begins, the offsets within it, and which of them exist.
+
+    64 bits for the one, 32 for the others: half the registers.
+    """
+    rows = tl.arange(0, ROWS)
+    row_mask = tile * ROWS + rows < group_rows
+    begin = (group * group_rows + tile * ROWS).to(tl.int64) * n_hidden
+    return begin, rows[:, None] * n_hidden + units[None, :], row_mask[:, None] & unit_mask[None, :]
+
+
+@triton.jit
 def _normalise(
     v,
     out,
@@ -392,11 +412,10 @@ def _normalise(
                 rows_a_part, group_rows, n_hidden, momentum, batch_norm_eps, PARTS, UNITS,
             )  # fmt: skip
     else:
-        group_row = tl.program_id(0) % n_row_tiles * ROWS + tl.arange(0, ROWS)
-        inside = (group_row < group_rows)[:, None] & unit_mask[None, :]
-        rows = group * group_rows + group_row
-        offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
-        a = tl.load(v + offsets, mask=inside, other=0.0)
+        begin, offsets, inside = _tile_of_rows(
+            group, tl.program_id(0) % n_row_tiles, group_rows, units, unit_mask, n_hidden, ROWS
+        )
+        a = tl.load(v + begin + offsets, mask=inside, other=0.0)
         if means is not None:
             group_mean, square = _merge(
                 means, squares, group * n_parts, n_parts, rows_a_part, group_rows, units,
@@ -413,7 +432,7 @@ def _normalise(
             )  # fmt: skip
         if LAYER_NORM:
             a, _ = _layer_norm(a, inside, n_hidden, layer_norm_eps)
-        tl.store(out + offsets, _activate(a, parameter, ACTIVATION), mask=inside)
+        tl.store(out + begin + offsets, _activate(a, parameter, ACTIVATION), mask=inside)
 
 
 @triton.jit
@@ -558,14 +577,13 @@ def _norm_backward(
                 d_batch_norm_bias, n_groups * n_parts, n_hidden, BATCH_STATISTICS, PARTS, UNITS,
             )  # fmt: skip
     else:
-        group_row = tl.program_id(0) % n_row_tiles * ROWS + tl.arange(0, ROWS)
-        inside = (group_row < group_rows)[:, None] & unit_mask[None, :]
-        rows = group * group_rows + group_row
-        offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
-        d = tl.load(grad + offsets, mask=inside, other=0.0)
+        begin, offsets, inside = _tile_of_rows(
+            group, tl.program_id(0) % n_row_tiles, group_rows, units, unit_mask, n_hidden, ROWS
+        )
+        d = tl.load(grad + begin + offsets, mask=inside, other=0.0)
         standardised, a = d, d
         if v is not None:
-            standardised = tl.load(v + offsets, mask=inside, other=0.0)
+            standardised = tl.load(v + begin + offsets, mask=inside, other=0.0)
             a = standardised
             if mean is not None:
                 standardised, a = _batch_norm(
@@ -576,7 +594,7 @@ def _norm_backward(
                 a, rstd = _layer_norm(a, inside, n_hidden, layer_norm_eps)
         if ACTIVATION == "relu":
             # From the output, so that the sign is the forward pass' own.
-            output = tl.load(out + offsets, mask=inside, other=0.0)
+            output = tl.load(out + begin + offsets, mask=inside, other=0.0)
             d = _activate_backward(d, output, parameter, ACTIVATION)
         else:
             d = _activate_backward(d, a, parameter, ACTIVATION)
@@ -614,7 +632,7 @@ def _norm_backward(
                 if batch_norm_weight is not None:
                     scale *= tl.load(batch_norm_weight + units, mask=unit_mask, other=0.0)
                 d *= scale[None, :]
-            tl.store(d_v + offsets, d, mask=inside)
+            tl.store(d_v + begin + offsets, d, mask=inside)
 
 
 @triton.jit
@@ -667,7 +685,10 @@ def _sum_by_label(
                 their_label = tl.load(labels + some, mask=some < end_cell, other=-1)
                 one_hot = (their_label[:, None] == categories[None, :]) & category_mask[None, :]
                 tile = tl.load(
-                    by_cell + some.to(tl.int64)[:, None] * n_hidden + units[None, :],
+                    by_cell
+                    + tl.cast(block, tl.int64) * n_hidden
+                    + tl.arange(0, CELLS)[:, None] * n_hidden
+                    + units[None, :],
                     mask=(some < end_cell)[:, None] & unit_mask[None, :],
                     other=0.0,
                 )
@@ -834,7 +855,7 @@ def forward(
         ACTIVATION=inputs.activation,
         PRECISION=product_precision(),
         COLUMNS=_covering(max(width for *_, width in matrices), 32),
-        num_stages=2,
+        num_stages=3,
         **tile,
     )
     for i, (k, _, _, n_cat) in enumerate(labels):
