@@ -138,7 +138,7 @@ def test_activations(compute, norm, activation):
 @pytest.mark.parametrize(
     ("n", "hidden", "norm"),
     [
-        (257, 17, "batch"),  # more cells than one program has
+        (129, 17, "batch"),  # more cells than one program has
         (300, 20, "both"),
         (1030, 5, "batch"),  # 33 parts of 32 cells
         (19, 300, "layer"),  # wider than the product kernel's rows

@@ -12,7 +12,7 @@ import scvi.nn
 
 from decoder_fast import fuse
 from decoder_fast.lazy import LazyCounts, LazyOneHots, LazyRows, LazyTensor
-from decoder_fast.scvi import LazyOutput, _lazy_outputs
+from decoder_fast.scvi.decoder import LazyOutput, lazy_outputs
 
 N, G = 11, 13
 
@@ -23,9 +23,9 @@ def outputs():
     torch.manual_seed(0)
     decoder = fuse(scvi.nn.DecoderSCVI(4, G, n_cat_list=[3]))
     args = ("gene-cell", torch.randn(N, 4), torch.randn(N, 1), torch.randint(0, 3, (N, 1)))
-    token = _lazy_outputs.set(True)
+    token = lazy_outputs.set(True)
     lazy = decoder(*args)
-    _lazy_outputs.reset(token)
+    lazy_outputs.reset(token)
     return lazy, decoder(*args)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from decoder_fast.reference.covariate_linear import Inputs
 
 #: Most rows whose batch statistics one program finds for itself.
-MAX_ROWS_A_PROGRAM = 256
+MAX_ROWS_A_PROGRAM = 128
 #: Most hidden units of a row that the product kernel holds: with more, programs would be too few.
 MAX_FUSED_HIDDEN = 256
 #: Most parts of a column's statistics that every program merges for itself.

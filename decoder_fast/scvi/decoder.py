@@ -1,0 +1,122 @@
+"""The decoder of a fused model, and its lazy outputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import scvi.nn as scvi_nn
+import torch
+from torch import Tensor
+
+from .. import nn as fast
+from ..lazy import LazyExp, LazyTensor, broadcast
+
+#: Whether decoders answer with lazy outputs: inside a fused module.
+lazy_outputs: ContextVar[bool] = ContextVar("decoder_fast_lazy_outputs", default=False)
+
+
+class Decoded:
+    """What one call of a decoder computed (hidden units), and what it can compute from them."""
+
+    def __init__(self, decoder: fast.DecoderSCVI, hidden: Tensor, library: Tensor) -> None:
+        self.decoder = decoder
+        self.hidden = hidden
+        self.library = library
+
+    @functools.cached_property
+    def _scale_and_rate(self) -> tuple[Tensor, Tensor]:
+        return self.decoder._scale_and_rate(self.hidden, self.library)
+
+    def compute(self, output: str) -> Tensor:
+        """Compute one of the decoder's outputs."""
+        if output == "px_dropout":
+            return self.decoder.px_dropout_decoder(self.hidden)
+        if output == "px_r":
+            return self.decoder.px_r_decoder(self.hidden)
+        return self._scale_and_rate[("px_scale", "px_rate").index(output)]
+
+    def cells(self, start: int, length: int) -> Decoded:
+        """Return the part of it that belongs to some of the cells."""
+        library = self.library
+        if library.shape[-2] != 1:
+            library = library.narrow(-2, start, length)
+        return Decoded(self.decoder, self.hidden.narrow(-2, start, length), library)
+
+
+class LazyOutput(LazyTensor):
+    """One output of a decoder."""
+
+    decoded: Decoded
+    output: str  # its name
+    whole: LazyOutput | None  # of which this is a slice of cells
+    start: int
+
+    @classmethod
+    def of(cls, decoded: Decoded, output: str) -> LazyOutput:
+        """Make one from what the decoder computed."""
+        hidden, weight = decoded.hidden, decoded.decoder.px_r_decoder.weight
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        return cls(
+            shape, weight.dtype, hidden.device, decoded=decoded, output=output, whole=None, start=0
+        )
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        if self.whole is not None:
+            return self.whole.materialise().narrow(-2, self.start, self.shape[-2])
+        return self.decoded.compute(self.output)
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Stay lazy where models and distributions only pass outputs on."""
+        if func is torch.exp and self.output == "px_r":
+            return LazyExp.of(self)
+        if func in (torch.split, Tensor.split) and args[0] is self:
+            return self._split(*args[1:], **kwargs)
+        if func in (Tensor.__ge__, Tensor.ge) and args[1] == 0 and self.output != "px_r":
+            # Distributions check that a rate is not negative; this one is exp(.) * softmax(.).
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        if func in (Tensor.__eq__, Tensor.eq) and args[0] is args[1] is self:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        return broadcast(func, args)
+
+    def _split(self, sizes: Any, dim: int = 0) -> Any:
+        if dim % self.dim() != self.dim() - 2 or not isinstance(sizes, (list, tuple)):
+            return NotImplemented
+        parts, start = [], 0
+        for length in sizes:
+            part = LazyOutput.of(self.decoded.cells(start, length), self.output)
+            part.whole, part.start = self, start
+            parts.append(part)
+            start += length
+        return tuple(parts)
+
+
+class FusedFCLayers(fast.FCLayers, scvi_nn.FCLayers):
+    """:class:`decoder_fast.FCLayers` that scvi-tools' surgery recognises as its own."""
+
+
+class FusedDecoderSCVI(fast.DecoderSCVI, scvi_nn.DecoderSCVI):
+    """:class:`decoder_fast.DecoderSCVI` in the place of scvi-tools' own."""
+
+    def forward(  # type: ignore[override]
+        self, dispersion: str, z: Tensor, library: Tensor, *cat_list: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Decode; inside a fused module, to lazy tensors."""
+        if (
+            not lazy_outputs.get()
+            or self._unfused_heads() is not None
+            or z.dim() not in (2, 3)
+            or library.dim() not in (2, z.dim())
+            or library.shape[-1] != 1
+        ):
+            return super().forward(dispersion, z, library, *cat_list)
+        decoded = Decoded(self, self.px_decoder(z, *cat_list), library)
+        return (
+            LazyOutput.of(decoded, "px_scale"),
+            LazyOutput.of(decoded, "px_r") if dispersion == "gene-cell" else None,
+            LazyOutput.of(decoded, "px_rate"),
+            LazyOutput.of(decoded, "px_dropout"),
+        )

@@ -1,0 +1,181 @@
+"""Distributions of lazy parameters: scvi-tools' own, their summed likelihood fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from scvi import distributions as scvi_distributions
+from torch import Tensor
+
+from ..lazy import LazyExp, LazyExpanded, LazyRows, LazyTensor, real, summed_dim
+from .decoder import LazyOutput
+
+
+def _dispersion(theta: Tensor) -> dict[str, Any] | None:
+    """Trace ``theta = exp(px_r)`` to the arguments of ``hidden_loss``; None if it cannot be."""
+    while isinstance(theta, LazyExpanded):
+        theta = theta.source
+    if isinstance(theta, LazyExp):
+        px_r = theta.source
+        if isinstance(px_r, LazyRows) and px_r.labels.dim() == 1:
+            return {"dispersion": "gene-batch", "px_r": px_r.table, "px_r_index": px_r.labels}
+        if isinstance(px_r, LazyOutput) and px_r.output == "px_r":
+            return {"dispersion": "gene-cell", "px_r": None, "px_r_index": None}
+        return None
+    if theta.dim() == 1 and not isinstance(theta, LazyTensor):
+        return {"dispersion": "gene", "px_r": theta.log(), "px_r_index": None}
+    return None
+
+
+def reconstruction_loss(
+    x: Tensor, likelihood: str, mean: Any, theta: Any, zi_logits: Any
+) -> Tensor | None:
+    """Compute the loss of each cell from lazy parameters; None if they cannot be traced back."""
+    if not isinstance(mean, LazyOutput) or mean.output != "px_rate":
+        return None
+    decoded = mean.decoded
+    if likelihood == "zinb" and not (
+        isinstance(zi_logits, LazyOutput)
+        and zi_logits.output == "px_dropout"
+        and zi_logits.decoded.decoder is decoded.decoder
+        and zi_logits.decoded.hidden.data_ptr() == decoded.hidden.data_ptr()
+    ):
+        return None
+    if x.dim() != 2 or x.shape != mean.shape[-2:]:
+        return None
+    if likelihood == "poisson":
+        dispersion: dict[str, Any] | None = {
+            "dispersion": "gene",
+            "px_r": None,
+            "px_r_index": None,
+        }
+    else:
+        dispersion = _dispersion(theta)
+    if dispersion is None:
+        return None
+    return decoded.decoder.hidden_loss(
+        getattr(x, "csr", x), decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
+    )
+
+
+class LazyLogProb(LazyTensor):
+    """Log-likelihood of each element; its sum over genes is one fused operation."""
+
+    distribution: Any
+    x: Tensor
+    fused: Callable[[], Tensor]
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return self.distribution.elementwise_log_prob(self.x)
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Sum over genes by the fused operation."""
+        if summed_dim(func, args, kwargs) != self.dim() - 1:
+            return NotImplemented
+        return -self.fused()
+
+
+class _Parameter:
+    """A parameter of a distribution that may be lazy, and that nobody outside sees lazy."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        try:
+            return real(instance.__dict__[self.name])
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = value
+
+
+class _FusedDistribution:
+    """What the distributions of a fused module share."""
+
+    likelihood: str
+    _names: tuple[str, str | None, str | None]  # of mean, theta and dropout logits
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-likelihood of each element, computed only if more than its sum is asked for."""
+        raw = self.__dict__
+        mean, theta, zi_logits = (None if n is None else raw.get(n) for n in self._names)
+        if not isinstance(mean, LazyOutput) or value.shape != mean.shape[-2:]:
+            return self.elementwise_log_prob(value)
+
+        def fused() -> Tensor:
+            loss = reconstruction_loss(value, self.likelihood, mean, theta, zi_logits)
+            return -self.elementwise_log_prob(value).sum(-1) if loss is None else loss
+
+        return LazyLogProb(
+            tuple(mean.shape), mean.dtype, mean.device, distribution=self, x=value, fused=fused
+        )
+
+    def elementwise_log_prob(self, value: Tensor) -> Tensor:
+        """Log-likelihood of each element as scvi-tools computes it."""
+        if value.layout != torch.strided:
+            value = value.to_dense()
+        return super().log_prob(value)  # type: ignore[misc]
+
+
+class FusedNegativeBinomial(_FusedDistribution, scvi_distributions.NegativeBinomial):
+    """scvi-tools' distribution, its likelihood fused."""
+
+    likelihood = "nb"
+    _names = ("mu", "theta", None)
+    mu, theta, scale = _Parameter(), _Parameter(), _Parameter()
+
+
+class FusedZeroInflatedNegativeBinomial(
+    _FusedDistribution, scvi_distributions.ZeroInflatedNegativeBinomial
+):
+    """scvi-tools' distribution, its likelihood fused."""
+
+    likelihood = "zinb"
+    _names = ("mu", "theta", "zi_logits")
+    mu, theta, scale, zi_logits = _Parameter(), _Parameter(), _Parameter(), _Parameter()
+
+
+class FusedPoisson(_FusedDistribution, scvi_distributions.Poisson):
+    """scvi-tools' distribution, its likelihood fused."""
+
+    likelihood = "poisson"
+    _names = ("rate", None, None)
+    rate, scale = _Parameter(), _Parameter()
+
+
+class FusedNormal(_FusedDistribution, scvi_distributions.Normal):
+    """scvi-tools' distribution, its likelihood fused."""
+
+    likelihood = "normal"
+    _names = ("loc", "scale", None)
+    loc, scale, normal_mu = _Parameter(), _Parameter(), _Parameter()
+
+
+_FUSED_DISTRIBUTIONS: dict[type, type] = {
+    cls.__mro__[2]: cls
+    for cls in (
+        FusedNegativeBinomial,
+        FusedZeroInflatedNegativeBinomial,
+        FusedPoisson,
+        FusedNormal,
+    )
+}
+
+
+def fuse_distributions(outputs: Any) -> Any:
+    """Give the distributions among a generative model's outputs their fused class, in place."""
+    if isinstance(outputs, dict):
+        for value in outputs.values():
+            fused_class = _FUSED_DISTRIBUTIONS.get(type(value))
+            if fused_class is not None and any(
+                isinstance(v, LazyTensor) for v in value.__dict__.values()
+            ):
+                value.__class__ = fused_class
+    return outputs

@@ -1,0 +1,91 @@
+"""The module of a fused model: its own class, the decoder's outputs lazy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lazy import LazyOneHots
+from .decoder import lazy_outputs
+from .distributions import fuse_distributions, reconstruction_loss
+
+
+class FusedModule:
+    """Mark of the classes that :func:`fused_module_class` makes."""
+
+    _stock_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made at run time, so pickle cannot find it by name.
+        return _restore, (self._stock_class,), self.__dict__
+
+
+def _restore(stock_class: type) -> Any:
+    cls: Any = fused_module_class(stock_class)
+    return cls.__new__(cls)
+
+
+# Models that compute their likelihood in a method which is handed the decoder's outputs:
+# the method, and its likelihood.
+_LOSS_METHODS: dict[str, Callable[[Any], str]] = {
+    "get_reconstruction_loss_expression": lambda module: module.gene_likelihood,  # MULTIVAE
+    "reconstruction_loss": lambda module: "zinb",  # ContrastiveVAE
+}
+
+
+def takes_csr(module: nn.Module) -> bool:
+    """Whether the fused likelihood of a module gets the counts as the loader handed them over."""
+    return isinstance(module, FusedModule) and not any(
+        hasattr(module, name) for name in _LOSS_METHODS
+    )
+
+
+@functools.cache
+def fused_module_class(stock_class: type) -> type:
+    """Make the subclass of a module's class in which the decoder's outputs are lazy."""
+
+    @torch.compiler.disable
+    @functools.wraps(stock_class.generative)  # type: ignore[attr-defined]
+    def generative(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = lazy_outputs.set(True)
+        try:
+            with LazyOneHots():
+                outputs = stock_class.generative(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            lazy_outputs.reset(token)
+        return fuse_distributions(outputs)
+
+    @torch.compiler.disable
+    @functools.wraps(stock_class.loss)  # type: ignore[attr-defined]
+    def loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock_class.loss(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    methods: dict[str, Any] = {"generative": generative, "loss": loss}
+    for name, likelihood in _LOSS_METHODS.items():
+        if callable(stock := getattr(stock_class, name, None)):
+            static = isinstance(inspect.getattr_static(stock_class, name), staticmethod)
+            methods[name] = _fused_loss_method(stock, likelihood, static)
+    return type(  # type: ignore[call-overload,no-any-return]
+        f"Fused{stock_class.__name__}",
+        (FusedModule, stock_class),
+        {"_stock_class": stock_class, "__doc__": stock_class.__doc__, **methods},
+    )
+
+
+def _fused_loss_method(
+    stock: Callable[..., Tensor], likelihood: Callable[[Any], str], static: bool
+) -> Callable[..., Tensor]:
+    @functools.wraps(stock)
+    def method(self: Any, x: Tensor, px_rate: Tensor, px_r: Tensor, px_dropout: Tensor) -> Tensor:
+        loss = reconstruction_loss(x, likelihood(self), px_rate, px_r, px_dropout)
+        if loss is not None:
+            return loss
+        args = (x, px_rate, px_r, px_dropout)
+        return stock(*args) if static else stock(self, *args)
+
+    return method
