@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import report
 from .timing import REPEATS, environment
 
-PARTS = ("covariate_linear", "softmax_library", "count_nll", "training")
+PARTS = ("count_nll", "training", "inference", "atlas")
 
 
 def markdown(about: dict[str, str | int | float], rows: list[report.Row]) -> str:

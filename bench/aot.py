@@ -49,7 +49,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from decoder_fast.backends import OPERATIONS, implementation
+from decoder_fast.backends import implementation
 from decoder_fast.reference import count_nll, covariate_linear
 from decoder_fast.reference.counts import Counts
 
@@ -463,7 +463,7 @@ def record(backend: str) -> list[Configuration]:
         stack.enter_context(
             mock.patch.object(torch.version, "hip", "6.0" if backend == "hip" else None)
         )
-        for operation in OPERATIONS:
+        for operation in CASES:
             try:
                 module = implementation(operation, "triton")
             except ModuleNotFoundError as error:

@@ -31,6 +31,7 @@ struct Nonzeros {
 // One worker's own memory.
 struct Worker {
     float* dropout;    // tile: dropout logits, then their gradient
+    float* e;          // tile: in place of the block's, which is then not kept
     float* r;          // tile: log theta of each element, then its gradient
     float* weights;    // tile of weights with padded rows
     float* d_weights;
@@ -52,6 +53,7 @@ struct Call {
 
     CountNll& in;
     bool gradients;       // any is wanted
+    bool log_sum_exp_alone;  // nothing else is wanted
     bool by_element;      // theta differs by cell
     bool h_by_cell_wanted;
     bool fast_products;   // in bfloat16
@@ -98,6 +100,7 @@ inline void plan(Call& c) {
     const CountNll& in = c.in;
     c.gradients = in.d_hidden || in.d_scale_weight || in.d_scale_bias || in.d_dropout_weight ||
                   in.d_dropout_bias || in.d_r_weight || in.d_r_bias || in.d_px_r;
+    c.log_sum_exp_alone = !c.gradients && in.nll == nullptr && in.d_log_mu == nullptr;
     c.by_element = in.likelihood != poisson && (in.r_weight != nullptr || in.px_r_index != nullptr);
     c.h_by_cell_wanted = in.d_scale_weight || in.d_dropout_weight || in.d_r_weight;
 
@@ -126,7 +129,7 @@ inline void carve(Call& c, Carver& memory) {
     const std::int64_t genes = in.n_genes + 16;  // vectors may reach over the end
     for (float** p : {&c.theta, &c.theta_eps, &c.inv_theta_eps, &c.eps_ratio, &c.d_log_theta})
         memory.take(*p, genes);
-    memory.take(c.e, in.n_genes * c.ld);
+    memory.take(c.e, c.log_sum_exp_alone ? 0 : in.n_genes * c.ld);
     memory.take(c.d, c.gradients ? in.n_genes * c.ld : 0);
     const std::int64_t n_h_by_cell = c.h_by_cell_wanted ? c.n_hidden_padded * cells : 0;
     memory.take(c.h_by_unit, c.fast_products ? 0 : in.n_hidden * cells);
@@ -148,6 +151,7 @@ inline void carve(Call& c, Carver& memory) {
         Worker w{};
         memory.take(w.dropout, in.likelihood == zinb ? c.tile * c.ld : 0);
         memory.take(w.r, c.by_element ? c.tile * c.ld : 0);
+        memory.take(w.e, c.log_sum_exp_alone ? c.tile * c.ld : 0);
         const std::int64_t gene_pairs = c.fast_products ? (c.tile + 1) / 2 : 0;
         memory.take(w.weight_by_unit, c.fast_products ? c.tile * c.unit_pairs() : 0);
         memory.take(w.weight_by_gene, gene_pairs * c.n_hidden_padded);
@@ -513,7 +517,7 @@ inline void phase1(const Call& c, std::int64_t chunk, Worker& w) {
             }
             continue;
         }
-        float* e = c.e + gene * c.ld;
+        float* e = c.log_sum_exp_alone ? w.e : c.e + gene * c.ld;
         head(c, w, c.in.scale_weight, c.in.scale_bias, gene, n, e);
         if (c.in.activation == softplus) {
             for (std::int64_t i = 0; i < n; ++i) {
@@ -1051,6 +1055,7 @@ inline std::int32_t count_nll(CountNll& in) {
         parallel_for(c.n_cells_padded / 16, c.n_workers, pack_cells);
         parallel_for(c.n_chunks, c.n_workers, first);
         combine_logits(c);
+        if (c.log_sum_exp_alone) continue;
         parallel_for(c.n_chunks, c.n_workers, second);
         bool refused = false;
         for (int i = 0; i < c.n_workers; ++i) {

@@ -4,6 +4,7 @@
 
 #include "count_nll.h"
 #include "covariate_linear.h"
+#include "csr_linear.h"
 #include "softmax_library.h"
 
 // GCC knows AVX-512's BF16 instructions from version 10 on, clang from version 9.
@@ -23,6 +24,8 @@ struct Kernels {
     void (*softmax_library_backward)(const SoftmaxLibrary&);
     LayerStatus (*covariate_linear)(CovariateLinear&);
     LayerStatus (*covariate_linear_backward)(CovariateLinear&);
+    bool (*csr_linear)(const CsrLinear&);  // false: no memory
+    bool (*csr_linear_backward)(const CsrLinear&);
 };
 
 // Each is null where the compiler or the target has no such instruction set.

@@ -29,6 +29,8 @@ namespace {
 
 #include "covariate_linear_kernel.h"
 
+#include "csr_linear_kernel.h"
+
 }  // namespace
 }  // namespace DECODER_FAST_INSTRUCTION_SET
 }  // namespace decoder_fast
@@ -42,7 +44,9 @@ namespace {
                            &name::softmax_library,                               \
                            &name::softmax_library_backward,                      \
                            &name::covariate_linear,                              \
-                           &name::covariate_linear_backward};                    \
+                           &name::covariate_linear_backward,                     \
+                           &name::csr_linear,                                    \
+                           &name::csr_linear_backward};                          \
     }                                                                            \
     const Kernels* const kernels_##name = &table;                                \
     }

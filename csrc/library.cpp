@@ -14,7 +14,7 @@ namespace {
 constexpr std::int32_t abi_version = 2;
 
 // Names of the operations implemented here, separated by spaces.
-constexpr const char* operations = "count_nll softmax_library covariate_linear";
+constexpr const char* operations = "count_nll softmax_library covariate_linear csr_linear";
 
 #if defined(__clang__)
 constexpr const char* compiler = "clang " __clang_version__;

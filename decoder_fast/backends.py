@@ -20,7 +20,7 @@ import torch
 __all__ = ["BACKENDS", "OPERATIONS", "Choice", "availability", "choose", "implementation"]
 
 #: The operations, by the one name that each has in every part of the project.
-OPERATIONS = ("covariate_linear", "softmax_library", "count_nll")
+OPERATIONS = ("covariate_linear", "softmax_library", "count_nll", "csr_linear")
 
 #: The backends, fastest first, and the package that holds one module an operation for each.
 _PACKAGES = {"triton": "triton_kernels", "cpp": "cpp", "torch": "reference"}

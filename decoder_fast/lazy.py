@@ -12,6 +12,7 @@ expects, and keeps the CSR at hand for the likelihood.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .ops._common import check_labels
+from .ops.csr_linear import csr_linear
+from .reference.csr_linear import dense
 
-__all__ = ["LazyCounts", "LazyExp", "LazyExpanded", "LazyOneHots", "LazyRows", "LazyTensor"]
+__all__ = [
+    "LazyColumns",
+    "LazyCounts",
+    "LazyExp",
+    "LazyExpanded",
+    "LazyOneHots",
+    "LazyRows",
+    "LazyTensor",
+]
 
 _METADATA = frozenset(
     [
@@ -68,6 +79,14 @@ class LazyTensor(Tensor):
                 self._value = self.compute()
         return self._value
 
+    def samples(self, start: int, stop: int) -> Tensor:
+        """Return a slice of the first dimension, lazily where its values can be computed alone."""
+        return self.materialise()[start:stop]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return rows of ``flatten(0, -2)``, lazily where their values can be computed alone."""
+        return self.materialise().flatten(0, -2)[index]
+
     @classmethod
     def __torch_function__(
         cls,
@@ -108,6 +127,16 @@ def real(value: Any) -> Any:
     return value.materialise() if isinstance(value, LazyTensor) else value
 
 
+def samples(value: Tensor, start: int, stop: int) -> Tensor:
+    """Return a slice of the first dimension of a tensor; of a lazy one, lazily."""
+    return value.samples(start, stop) if isinstance(value, LazyTensor) else value[start:stop]
+
+
+def rows(value: Tensor, index: Tensor) -> Tensor:
+    """Return rows of ``value.flatten(0, -2)``; of a lazy tensor, lazily."""
+    return value.rows(index) if isinstance(value, LazyTensor) else value.flatten(0, -2)[index]
+
+
 def summed_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> int | None:
     """Return the one dimension that ``func`` sums over; None if it does anything else."""
     if func not in (torch.sum, Tensor.sum) or len(args) > 2 or set(kwargs) - {"dim"}:
@@ -120,7 +149,7 @@ def summed_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> 
 
 
 class LazyCounts(LazyTensor):
-    """A dense cells x genes tensor, its original ``csr`` still at hand.
+    """A dense cells x genes tensor of counts, or of their logarithms, its ``csr`` still at hand.
 
     ``csr`` is ``torch.sparse_csr`` of a floating dtype, without duplicates.
     """
@@ -134,21 +163,15 @@ class LazyCounts(LazyTensor):
 
     def compute(self) -> Tensor:
         """Compute the values."""
-        return self._dense(self.csr.values())
-
-    def _dense(self, values: Tensor) -> Tensor:
-        """Put values in the places of the counts: to_dense(), in half its time."""
-        n_cells, n_genes = self.shape
-        crow, col = self.csr.crow_indices(), self.csr.col_indices()
-        start = torch.arange(n_cells, device=col.device) * n_genes
-        place = start.repeat_interleave(crow.diff(), output_size=col.numel()).add_(col)
-        dense = torch.zeros(n_cells * n_genes, dtype=values.dtype, device=values.device)
-        return dense.scatter_(0, place, values).view(n_cells, n_genes)
+        csr = self.csr
+        return dense(csr.crow_indices(), csr.col_indices(), csr.values(), self.shape[1])
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Answer what the encoder and the library size ask for from the non-zeros."""
         if func in (torch.log1p, Tensor.log1p) and not kwargs:
-            return self._dense(self.csr.values().log1p())
+            return self._with_values(self.csr.values().log1p())
+        if func is torch.nn.functional.linear and args[0] is self:
+            return self._linear(*args[1:], **kwargs)
         if summed_dim(func, args, kwargs) == 1:
             # One after the other, where a dense sum is pairwise: in float64, to be as accurate.
             values, crow = self.csr.values().double(), self.csr.crow_indices().long()
@@ -156,7 +179,69 @@ class LazyCounts(LazyTensor):
         if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
             moved = self.csr.to(*args[1:], **kwargs)
             return self if moved is self.csr else LazyCounts.of(moved)
+        return concatenated(func, args, kwargs)
+
+    def _with_values(self, values: Tensor) -> LazyCounts:
+        csr = self.csr
+        return LazyCounts.of(
+            torch.sparse_csr_tensor(
+                csr.crow_indices(),
+                csr.col_indices(),
+                values,
+                size=csr.shape,
+                check_invariants=False,  # as sound as those of the counts
+            )
+        )
+
+    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        # A GPU multiplies the dense matrix sooner, and autocast chooses the dtype of such products.
+        if self.device.type != "cpu" or torch.is_autocast_enabled(self.device.type):
+            return NotImplemented
+        return csr_linear(self.csr, weight, bias)
+
+
+class LazyColumns(LazyTensor):
+    """Matrices side by side, some of them lazy."""
+
+    parts: list[Tensor]
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return torch.cat([real(part) for part in self.parts], -1)
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Multiply each matrix by its columns of a weight."""
+        if func is torch.nn.functional.linear and args[0] is self:
+            return self._linear(*args[1:], **kwargs)
+        return concatenated(func, args, kwargs)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        widths = [part.shape[1] for part in self.parts]
+        if weight.dim() != 2 or weight.shape[1] != sum(widths):
+            return NotImplemented
+        linear = torch.nn.functional.linear
+        out = bias
+        for part, columns in zip(self.parts, weight.split(widths, 1), strict=True):
+            product = real(linear(part.float() if not part.is_floating_point() else part, columns))
+            out = product if out is None else out + product
+        return out
+
+
+def concatenated(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Answer ``torch.cat`` of matrices along their columns lazily; NotImplemented for all else."""
+    if func is not torch.cat or set(kwargs) - {"dim"} or len(args) + len(kwargs) != 2:
         return NotImplemented
+    parts, dim = args[0], args[1] if len(args) == 2 else kwargs["dim"]
+    if dim not in (1, -1) or any(part.dim() != 2 for part in parts):
+        return NotImplemented
+    if len({part.shape[0] for part in parts}) > 1:
+        return NotImplemented  # torch says what is wrong
+    if len(parts) == 1:
+        return parts[0]
+    parts = [p for part in parts for p in getattr(part, "parts", [part])]
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+    return LazyColumns(shape, dtype, parts[0].device, parts=parts)
 
 
 class LazyExpanded(LazyTensor):
@@ -174,6 +259,13 @@ class LazyExpanded(LazyTensor):
     def compute(self) -> Tensor:
         """Compute the values."""
         return real(self.source).expand(self.shape)
+
+    def samples(self, start: int, stop: int) -> Tensor:
+        """Return a slice of the first dimension, lazily."""
+        source = self.source
+        if source.dim() == self.dim() and source.shape[0] != 1:
+            source = samples(source, start, stop)
+        return LazyExpanded.of(source, torch.Size((stop - start, *self.shape[1:])))
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Stay lazy in broadcasts."""
@@ -209,7 +301,7 @@ class LazyOneHot(LazyTensor):
             if args[0] is self and table.dim() == 2 and table.shape[1] == self.n_cat:
                 shape = (*self.labels.shape, table.shape[0])
                 return LazyRows(shape, table.dtype, table.device, table=table, labels=self.labels)
-        return NotImplemented
+        return concatenated(func, args, kwargs)
 
 
 class LazyRows(LazyTensor):
@@ -241,6 +333,11 @@ class LazyExp(LazyTensor):
     def compute(self) -> Tensor:
         """Compute the values."""
         return self.source.materialise().exp()
+
+    def samples(self, start: int, stop: int) -> Tensor:
+        """Return a slice of the first dimension, lazily."""
+        part = self.source.samples(start, stop)
+        return LazyExp.of(part) if isinstance(part, LazyTensor) else part.exp()
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Stay lazy in broadcasts."""

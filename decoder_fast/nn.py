@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import BACKENDS, Choice, choose
 from .functional import count_nll, covariate_linear, softmax_library
-from .ops._common import check_labels, compute_dtype
+from .ops._common import check_labels, compute_dtype, no_autocast
 from .ops.count_nll import check_likelihood
 from .ops.log_prob import nb_log_prob, poisson_log_prob, zinb_log_prob
-from .ops.softmax_library import check_scale_activation
+from .ops.softmax_library import check_scale_activation, log_sum_exp
 
 __all__ = ["DecoderSCVI", "Explanation", "FCLayers"]
 
@@ -37,12 +38,19 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
+def _is_plain_batch_norm(module: _BatchNorm) -> bool:
+    # Not by its class: Lightning's sync_batchnorm leaves a class of its own where BatchNorm1d was.
+    return type(module).forward is _BatchNorm.forward and not isinstance(
+        module, (nn.BatchNorm2d, nn.BatchNorm3d)
+    )
+
+
 @dataclass
 class _Layer:
     """One hidden layer, taken apart at the time of the call: users may have changed its parts."""
 
     linear: nn.Linear
-    batch_norm: nn.BatchNorm1d | None
+    batch_norm: _BatchNorm | None
     layer_norm: nn.LayerNorm | None
     activation: str
     activation_parameter: float
@@ -77,8 +85,10 @@ def _take_apart(layer: nn.Module) -> _Layer | str:
         return f"it starts with {type(parts[0]).__name__ if parts else 'nothing'}, not nn.Linear"
     out = _Layer(parts[0], None, None, "identity", 0.0, [])  # type: ignore[arg-type]
     for position, part in enumerate(parts[1:], start=1):
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            if type(part) is not nn.BatchNorm1d:
+        if isinstance(part, nn.SyncBatchNorm):
+            return f"{type(part).__name__} shares its statistics among devices, which only it can"
+        if isinstance(part, _BatchNorm):
+            if not _is_plain_batch_norm(part):
                 return f"it has {type(part).__name__}, not nn.BatchNorm1d"
             if part.momentum is None:
                 return "its batch norm averages cumulatively (momentum=None)"
@@ -96,9 +106,7 @@ def _take_apart(layer: nn.Module) -> _Layer | str:
         else:
             out.then = parts[position:]
             break
-    if any(
-        isinstance(m, (nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)) for m in out.then
-    ):
+    if any(isinstance(m, (nn.Linear, _BatchNorm, nn.LayerNorm)) for m in out.then):
         return "its parts are not in the order linear, norms, activation"
     return out
 
@@ -307,11 +315,45 @@ class FCLayers(nn.Module):
     def _forward_eager(
         self, x: Tensor, categories: list[tuple[Tensor, int]], cont: Tensor | None
     ) -> Tensor:
-        """Run plain PyTorch: one-hot matrices, concatenated to the input of each layer."""
+        """Run the modules one by one.
+
+        Covariates are one-hot matrices, concatenated to the input of each layer; or lookups, where
+        ``use_fused`` allows them and the linear maps do.
+        """
         covariates = [] if cont is None else [cont]
+        look_up = self.use_fused and x.dim() in (2, 3) and self._has_plain_linears()
+        if not look_up:
+            covariates += self._one_hots(categories)
+        for i, layers in enumerate(self.fc_layers):
+            injected = self.inject_into_layer(i)
+            if covariates and injected:
+                extra = covariates
+                if x.dim() == 3:
+                    extra = [c.expand(x.shape[0], *c.shape) for c in covariates]
+                x = torch.cat((x, *extra), dim=-1)
+            for position, layer in enumerate(layers):  # type: ignore[arg-type, var-annotated]
+                if look_up and injected and categories and position == 0:
+                    tensors, n_cats = zip(*categories, strict=True)
+                    x = covariate_linear(
+                        x, layer.weight, layer.bias, tensors, n_cats, activation="identity"
+                    )
+                elif isinstance(layer, _BatchNorm) and x.dim() == 3:
+                    x = torch.stack([layer(sample) for sample in x])
+                elif layer is not None:
+                    x = layer(x)
+        return x
+
+    def _has_plain_linears(self) -> bool:
+        """Whether every layer starts with an nn.Linear whose forward nobody changed or hooks."""
+        first: list[Any] = [next(iter(layer), None) for layer in self.fc_layers]  # type: ignore[call-overload]
+        return all(_is_plain_linear(part) and not _has_hooks(part) for part in first)
+
+    def _one_hots(self, categories: list[tuple[Tensor, int]]) -> list[Tensor]:
+        """Return covariates as one-hot (or soft) matrices."""
+        matrices = []
         for k, (cat, n_cat) in enumerate(categories):
             if cat.dim() == 2 and cat.size(1) == n_cat:
-                covariates.append(cat)
+                matrices.append(cat)
             elif cat.is_floating_point() or cat.dtype == torch.bool:
                 raise TypeError(
                     f"category {k} has dtype {cat.dtype} and shape {tuple(cat.shape)}; expected "
@@ -321,19 +363,8 @@ class FCLayers(nn.Module):
                 labels = cat.reshape(cat.shape[0]).long()
                 if not torch.compiler.is_compiling():
                     check_labels(labels, n_cat, f"category {k}")
-                covariates.append(F.one_hot(labels, n_cat))
-        for i, layers in enumerate(self.fc_layers):
-            if covariates and self.inject_into_layer(i):
-                injected = covariates
-                if x.dim() == 3:
-                    injected = [c.expand(x.shape[0], *c.shape) for c in covariates]
-                x = torch.cat((x, *injected), dim=-1)
-            for layer in layers:  # type: ignore[attr-defined]
-                if isinstance(layer, nn.BatchNorm1d) and x.dim() == 3:
-                    x = torch.stack([layer(sample) for sample in x])
-                elif layer is not None:
-                    x = layer(x)
-        return x
+                matrices.append(F.one_hot(labels, n_cat))
+        return matrices
 
 
 class Explanation(list[tuple[str, Choice]]):
@@ -596,6 +627,26 @@ class DecoderSCVI(nn.Module):
             r_weight=r.weight if gene_cell else None,
             r_bias=r.bias if gene_cell else None,
         )
+
+    def hidden_scale(self, hidden: Tensor, genes: Tensor | None = None) -> Tensor:
+        """``px_scale`` of some genes (indices; default: all) from hidden units, fresh.
+
+        A softmax is over all genes, whichever are asked for. Not differentiable where ``genes``
+        is given; the heads must be the fused ones.
+        """
+        head: Any = self.px_scale_decoder[0]
+        weight, bias = head.weight, head.bias
+        hidden = hidden.to(weight.dtype)
+        with no_autocast(hidden.device):
+            if genes is not None:
+                weight, bias = weight[genes], None if bias is None else bias[genes]
+            logits = F.linear(hidden, weight, bias)
+            if self._scale_activation() == "softplus":
+                return F.softplus(logits)
+            if genes is None:
+                return torch.softmax(logits, -1)
+            normaliser = log_sum_exp(hidden, head.weight, head.bias)
+            return logits.sub_(normaliser.unsqueeze(-1)).exp_()
 
     def _loss_eager(
         self,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-__all__ = ["SUMMARY", "Settings", "check_settings", "output_folder", "train"]
+__all__ = ["SUMMARY", "Settings", "check_settings", "output_folder", "quiet", "train"]
 
 #: The file by which an output folder is known to be one.
 SUMMARY = "summary.json"
@@ -93,7 +93,9 @@ def check_settings(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(
+    out: str | Path, *, overwrite: bool = False, marker: str = SUMMARY
+) -> Iterator[Path]:
     """Give a new folder to write into, which becomes ``out`` if and only if the block succeeds.
 
     Parameters
@@ -101,7 +103,9 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     out
         The folder to be. Folders above it are made too.
     overwrite
-        Whether ``out`` may exist and be replaced, if it is the output of an earlier training.
+        Whether ``out`` may exist and be replaced, if it is the output of an earlier run.
+    marker
+        The file by which such an output is known.
 
     Yields
     ------
@@ -118,10 +122,10 @@ def output_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     if os.path.lexists(out):
         if not overwrite:
             raise InputError(f"{out} exists already: choose another --out, or add --overwrite")
-        if not (out / SUMMARY).is_file():
+        if not (out / marker).is_file():
             raise InputError(
-                f"{out} exists and was not written by decoder-fast train (it has no {SUMMARY}), so "
-                "it is not overwritten: choose another --out, or remove it yourself"
+                f"{out} exists and was not written by decoder-fast for this (it has no {marker}), "
+                "so it is not overwritten: choose another --out, or remove it yourself"
             )
     parent = next(folder for folder in out.parents if folder.exists())
     partial = parent / f".{out.name}.{os.getpid()}.partial"
@@ -185,7 +189,7 @@ def train(
     obs = adata.obs.loc[:, [not str(key).startswith("_scvi_") for key in adata.obs]].copy()
     keys = settings.keys
 
-    with _quiet():
+    with quiet():
         scvi.settings.seed = settings.seed
     scvi.model.SCVI.setup_anndata(
         adata,
@@ -207,7 +211,7 @@ def train(
         fuse(model)
 
     started = time.perf_counter()
-    with _quiet():
+    with quiet():
         model.train(
             max_epochs=settings.max_epochs,
             batch_size=settings.batch_size,
@@ -257,7 +261,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep Lightning's advice to programmers and its table of devices off the screen."""
     loggers = [
         logging.getLogger(f"lightning.{part}.utilities.{module}")

@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 cxx=${CXX:-g++}
 [ $# -gt 0 ] || set -- tests/test_*_native.py tests/test_softmax_library.py \
-    tests/test_covariate_linear.py
+    tests/test_covariate_linear.py tests/test_csr_linear.py
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,19 +1,260 @@
-"""The benchmarks: that they compare with what scvi-tools computes, and run on a GPU's day."""
+"""The benchmarks: that they compare with what scvi-tools computes, and time nothing wrong."""
 
 from __future__ import annotations
 
+import csv
+import functools
+import importlib.util
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import stock as plain
-from decoder_fast import DecoderSCVI
+import decoder_fast.nn as fast_nn
+from decoder_fast import DecoderSCVI, cli
+from decoder_fast.bench import count_nll, readme, suite, suite_report, timing
+from decoder_fast.bench import stock as plain
+from decoder_fast.bench.shapes import SHAPES, Shape
 
 ROOT = Path(__file__).parent.parent
+OPERATIONS = {"hidden layers", "px_scale and px_rate", "heads + likelihood"}
+TRAINING = {"training step", "SCVI.train, one epoch"}
+OUTPUTS = {"benchmark.csv", "benchmark.md", "speed-up.png", "memory.png"}
+TINY = {
+    "tutorial": Shape("tutorial", 16, 40, 3, 16, 1, 5, "zinb", "batch"),
+    "montecarlo": Shape("montecarlo", 8, 40, 3, 16, 1, 5, "nb", "batch", 2, False),
+}
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, capsys):
+    """Run ``decoder-fast bench`` on tiny shapes; return status, lines of the CSV, and output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "SHAPES", TINY)
+
+    def run(*arguments, shapes=("tutorial",)):
+        status = cli.main(["bench", "--quick", "--shapes", *shapes, "--out", "out", *arguments])
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        file = tmp_path / "out" / "benchmark.csv"
+        rows = list(csv.DictReader(file.open())) if file.exists() else []
+        return status, rows, said.out + said.err
+
+    return run
+
+
+def of(rows, alternative):
+    return {(row["shape"], row["what"]): row for row in rows if row["alternative"] == alternative}
+
+
+def test_users_benchmark(bench, tmp_path, monkeypatch):
+    pytest.importorskip("scvi", reason="scvi-tools is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    # the same way through the code as inductor, without its minutes
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    status, rows, printed = bench(shapes=list(TINY))
+    assert status == 0, printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == OUTPUTS
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}  # no logs of the trainer
+    for name in ("speed-up.png", "memory.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+    everything = set(itertools.product(TINY, OPERATIONS | TRAINING))
+    everything -= set(itertools.product(["montecarlo"], TRAINING))  # it is for evaluation
+    for alternative in ("stock eager", "stock compiled", "ours"):
+        found = of(rows, alternative)
+        assert set(found) == everything
+        for key, row in found.items():
+            assert row["status"] == "ok", (key, row)
+            assert float(row["seconds"]) > 0
+            if sys.platform == "linux":
+                assert int(row["peak_bytes"]) >= 0
+            assert float(row["times_faster"]) == pytest.approx(
+                float(row["seconds"]) / float(of(rows, "ours")[key]["seconds"])
+            )
+    table = (tmp_path / "out" / "benchmark.md").read_text()
+    for what in OPERATIONS | TRAINING:
+        assert f"| {what} | tutorial |" in table
+        assert f"\n{what} " in printed
+    assert "16 cells x 40 genes, 3 batches, 1 layer of 16, zinb; as it is" in printed
+    assert "2 samples of 8 cells" in printed and "evaluation: forward alone" in printed
+    assert "Where ours is slower, wrong or failed" in printed
+
+
+def too_large(function):
+    @functools.wraps(function)
+    def wrong(*args, **kwargs):
+        return function(*args, **kwargs) * 1.001
+
+    return wrong
+
+
+@pytest.mark.parametrize("broken", ["an operation", "the model", "not a number", "raises"])
+def test_what_is_wrong_is_not_timed(bench, monkeypatch, broken):
+    parts = ["operations"]
+    if broken == "the model":
+        pytest.importorskip("scvi", reason="scvi-tools is not installed")
+        bad, parts = TRAINING, ["step", "epoch"]
+        monkeypatch.setattr(fast_nn, "count_nll", too_large(fast_nn.count_nll))
+    else:
+        bad = {"heads + likelihood"}
+        change = {
+            "an operation": too_large,
+            "not a number": lambda f: lambda *a, **k: f(*a, **k) * torch.nan,
+            "raises": lambda f: lambda *a, **k: torch.tensor([[1.0]]).view(7),
+        }[broken]
+        monkeypatch.setattr(count_nll, "count_nll", change(count_nll.count_nll))
+    status, rows, printed = bench("--no-compile", "--parts", *parts)
+    assert status == 1
+    assert {what for _, what in of(rows, "ours")} >= bad
+    for (_, what), row in of(rows, "ours").items():
+        if what not in bad:
+            assert row["status"] == "ok"
+            continue
+        assert row["seconds"] == row["times_faster"] == row["peak_bytes"] == ""
+        if broken == "raises":
+            assert "RuntimeError" in row["status"]
+            assert f"failed: {what}, tutorial, ours: RuntimeError" in printed
+        else:
+            assert row["status"] == "wrong"
+            assert f"WRONG, and not timed: {what}, tutorial" in printed
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{what} ")]
+        assert "failed" in line if broken == "raises" else "wrong" in line
+    for row in of(rows, "stock eager").values():
+        assert float(row["seconds"]) > 0
+        assert (row["times_faster"] == "") == (row["what"] in bad)
+
+
+def test_without_a_compiler_or_scvi_tools(bench, monkeypatch):
+    """What cannot be measured is left out, and the reason is in the output."""
+    find = importlib.util.find_spec
+    gone = {"scvi", "matplotlib"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in gone else find(name, *a)
+    )
+
+    def compile(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    status, rows, printed = bench()
+    assert status == 0
+    assert {what for _, what in of(rows, "ours")} == OPERATIONS
+    assert {row["status"] for row in of(rows, "stock compiled").values()} == {"not run"}
+    assert "torch.compile fails here: RuntimeError: No working C++ compiler found" in printed
+    assert "training step and epoch: scvi-tools is not installed" in printed
+    assert "no plots: matplotlib is not installed" in printed
+    status, _, printed = bench("--overwrite", "--parts", "step", "epoch")
+    assert status == 2
+    assert "nothing is left to measure: training step and epoch: scvi-tools is" in printed
+
+
+def test_arguments_of_the_benchmark(bench, tmp_path):
+    def fails(message, *arguments, **options):
+        status, _, printed = bench(*arguments, **options)
+        assert status == 2
+        assert message in printed
+
+    fails("invalid choice: 'nonsense'", shapes=["nonsense"])
+    fails("invalid choice: 'kernels'", "--parts", "kernels")
+    fails("0 is less than 1", "--threads", "0")
+    if not torch.cuda.is_available():
+        fails("--device cuda: torch sees no GPU here", "--device", "cuda")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("{}")  # of a training
+    fails("exists already")
+    fails("was not written by decoder-fast", "--overwrite")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.json"]
+
+    (tmp_path / "out" / "summary.json").rename(tmp_path / "out" / "benchmark.csv")
+    threads = torch.get_num_threads()
+    arguments = ("--overwrite", "--parts", "operations", "--no-compile", "--threads", "1")
+    status, rows, printed = bench(*arguments)
+    assert status == 0
+    assert {what for _, what in of(rows, "ours")} == OPERATIONS
+    assert rows[0]["device"].endswith(", 1 thread")
+    assert "stock compiled: --no-compile" in printed
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_scaled_to_the_machine(monkeypatch, name, threads):
+    shape = SHAPES[name]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    options = suite.Options(shapes=(name,))
+    scaled, how = suite.scale(shape, options, 1 << 40)
+    limit = threads * suite.ELEMENTS_A_THREAD
+    assert scaled.genes == shape.genes
+    assert scaled.cells == suite.LEAST_CELLS or scaled.rows * scaled.genes <= limit
+    assert (scaled == shape) == (how == "as it is")
+    if scaled != shape:
+        assert scaled.rows * scaled.genes * 2 > limit or scaled.cells == suite.LEAST_CELLS
+        assert f"{scaled.cells:,} cells a mini-batch instead of {shape.cells:,}" in how
+        assert f"{threads} thread" in how and "memory" not in how
+
+    small, how = suite.scale(shape, options, 1 << 30)
+    smallest = small.cells == suite.LEAST_CELLS and small.genes < 2 * suite.LEAST_GENES
+    assert smallest or suite.estimated_bytes(small) <= suite.MEMORY_SHARE * 2**30
+    if suite.estimated_bytes(scaled) > suite.MEMORY_SHARE * 2**30:
+        assert "1 GiB of memory" in how
+        assert small.genes == shape.genes or f"{small.genes:,} genes" in how
+    assert replace(small, cells=shape.cells, genes=shape.genes) == shape
+
+
+def test_a_gpu_is_limited_by_memory_alone():
+    options = suite.Options(shapes=(), device=torch.device("cuda"))
+    assert suite.scale(SHAPES["allgenes"], options, 100 << 30) == (SHAPES["allgenes"], "as it is")
+    assert suite.scale(SHAPES["tahoe"], options, 16 << 30)[0].cells < SHAPES["tahoe"].cells
+
+
+def test_turns_end_in_time():
+    calls = dict.fromkeys("ab", 0)
+
+    def call(name):
+        calls[name] += 1
+
+    runs = {name: functools.partial(call, name) for name in calls}
+    timing.interleaved(runs, repeats=100, at_least=0, at_most=0)
+    assert set(calls.values()) == {1 + 3}
+    timing.interleaved(runs, repeats=5, at_least=0)
+    assert set(calls.values()) == {1 + 3 + 1 + 5}
+
+
+def test_the_readme_shows_the_newest_results(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    assert readme.updated(text) == text, "run: python -m bench.readme"
+
+    folder = tmp_path / "bench" / "results" / "device"
+    folder.mkdir(parents=True)
+    table = "| what | ours |\n| --- | --- |\n| epoch | 1 |"
+    (folder / suite_report.TABLE).write_text(f"A device; a date\n\n{table}\n\nmore\n")
+    (folder / "speed-up.png").touch()
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    once = readme.updated(text)
+    assert table in once and "](bench/results/device/speed-up.png)" in once
+    assert "memory.png" not in once.partition(readme.BEGIN)[2]
+    assert "**A device; a date**" in once and "Not yet measured." not in once
+    assert readme.updated(once) == once
+
+
+def test_the_operations_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    chosen = "tutorial and softmax_library and (eager or ours)"
+    options = ("--benchmark-max-time=0.01", "--benchmark-min-rounds=1", "-p", "no:cacheprovider")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-k", chosen, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout and "softmax_library, tutorial" in done.stdout
 
 
 def test_without_a_gpu_it_says_what_to_do():

@@ -100,7 +100,7 @@ def checkout(tmp_path_factory) -> Path:
     """A copy as a bare clone has it: building leaves nothing in the real one."""
     copy = tmp_path_factory.mktemp("clone") / "decoder_fast"
     leave = shutil.ignore_patterns(
-        ".?*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "demo-output", "results"
+        ".?*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "bench-output", "demo-output"
     )
     return shutil.copytree(CHECKOUT, copy, ignore=leave)
 
@@ -164,6 +164,7 @@ def test_wheel_holds_everything_under_one_package(built):
     held = names(built)
     assert held >= {
         f"decoder_fast/{_build.LIBRARY}",
+        "decoder_fast/bench/suite.py",
         "decoder_fast/csrc/library.cpp",
         "decoder_fast/py.typed",
         "decoder_fast/triton_kernels/__init__.py",
@@ -174,7 +175,7 @@ def test_wheel_holds_everything_under_one_package(built):
     }
     tracked = {
         path.relative_to(CHECKOUT).as_posix()
-        for folder in ("decoder_fast", "triton_kernels", "csrc")
+        for folder in ("decoder_fast", "triton_kernels", "csrc", "bench")
         for path in (CHECKOUT / folder).rglob("*")
         if path.suffix in {".py", ".cpp", ".h"}
     }
@@ -182,6 +183,7 @@ def test_wheel_holds_everything_under_one_package(built):
         name if name.startswith("decoder_fast/") else f"decoder_fast/{name}" for name in tracked
     }
     assert shipped - held == set()
+    assert not [name for name in held if name.startswith("decoder_fast/bench/results")]
 
 
 def test_metadata(built, metadata):
@@ -230,6 +232,19 @@ def assert_no_top_level_kernels(seen: dict) -> None:
     origin = seen["top-level triton_kernels"]
     ours = (CHECKOUT / "triton_kernels" / "__init__.py").read_text()
     assert origin is None or Path(origin).read_text() != ours, origin
+
+
+def test_installed_wheel_measures(installed, tmp_path):
+    """``decoder-fast bench`` from the wheel, outside of any checkout."""
+    printed = run(
+        *("-m", "decoder_fast.cli", "bench", "--quick", "--no-compile", "--shapes", "tutorial"),
+        *("--parts", "operations", "--threads", "1", "--out", tmp_path / "out"),
+        cwd=tmp_path,
+        PYTHONPATH=str(installed),
+    )
+    assert "heads + likelihood" in printed
+    assert (tmp_path / "out" / "benchmark.csv").stat().st_size > 0
+    assert not (installed / "bench").exists()
 
 
 def test_installed_wheel_compiles_what_is_missing(installed, tmp_path):

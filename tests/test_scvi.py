@@ -9,6 +9,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -414,14 +415,113 @@ def test_csr_reaches_the_likelihood_and_changes_nothing(atlas, layouts, kind):
             assert_close(expected, model.get_latent_representation())
 
 
+def duplicated(x):
+    """Every count split in two entries of one place."""
+    x = x.tocsr()
+    halves = np.repeat(x.data / 2, 2)
+    return sparse.csr_matrix((halves, np.repeat(x.indices, 2), 2 * x.indptr), shape=x.shape)
+
+
+ENCODERS = {
+    "default": {},
+    "no log": {"log_variational": False},
+    "covariates": {"encode_covariates": True},
+    "covariates, layers, layer norm": {
+        "encode_covariates": True,
+        "n_layers": 2,
+        "use_layer_norm": "both",
+        "use_batch_norm": "none",
+    },
+    "embedded batches": {"encode_covariates": True, "batch_representation": "embedding"},
+    "library size": {"use_observed_lib_size": False, "encode_covariates": True},
+}
+
+
+def encoder_model(adata, **options):
+    adata = adata.copy()
+    SCVI.setup_anndata(
+        adata,
+        batch_key="batch",
+        categorical_covariate_keys=["donor"],
+        continuous_covariate_keys=["percent_mito"],
+    )
+    return SCVI(adata, n_hidden=32, **options)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_sparse_encoder_is_stocks(atlas, kind):
+    """Its output, and what training makes of it."""
+    results = []
+    for change in (unfuse, fuse):
+        scvi.settings.seed = 0
+        model = change(encoder_model(atlas, **ENCODERS[kind]))
+        model.train(**TRAIN)
+        results.append((model.get_latent_representation(), model.module.state_dict()))
+    (latent, stock), (ours_latent, ours) = results
+    assert_close(latent, ours_latent)
+    assert_states_agree(stock, ours)
+
+
+@pytest.mark.parametrize("canonical", [True, False])
+def test_csr_of_a_data_module_of_the_users_own(atlas, canonical):
+    """Mini-batches that arrive as CSR tensors, without duplicates or with."""
+    model = scvi_model(atlas)
+    (tensors,) = model._make_data_loader(model.adata, batch_size=atlas.n_obs)
+    csr = atlas.X if canonical else duplicated(atlas.X)
+    arrays = (torch.as_tensor(a) for a in (csr.indptr, csr.indices, csr.data))
+    sparse_tensors = {**tensors, "X": torch.sparse_csr_tensor(*arrays, size=csr.shape)}
+    losses = []
+    for change, batch in ((unfuse, tensors), (fuse, tensors), (fuse, sparse_tensors)):
+        with seeded(0), torch.no_grad():
+            losses.append(change(model).module(batch)[2].loss)
+    assert_close(losses[0], losses[1])
+    assert_close(losses[0], losses[2])
+
+
+@pytest.fixture
+def backed(atlas, tmp_path):
+    def open_backed(change=lambda x: x):
+        with_counts(atlas, change).write_h5ad(tmp_path / "atlas.h5ad")
+        return anndata.read_h5ad(tmp_path / "atlas.h5ad", backed="r")
+
+    return open_backed
+
+
+def backed_model(adata):
+    SCVI.setup_anndata(adata, batch_key="batch")
+    return SCVI(adata, n_hidden=32)
+
+
+@pytest.mark.parametrize("change", [sparse.csr_matrix, sparse.csc_matrix, duplicated])
+def test_counts_on_disk(atlas, backed, layouts, change):
+    """Trained on as in memory, CSR as CSR; duplicates are summed a mini-batch at a time."""
+    results = []
+    for adata in (atlas.copy(), backed(change)):
+        scvi.settings.seed = 0
+        layouts.clear()
+        model = fuse(backed_model(adata))
+        model.train(**TRAIN, shuffle_set_split=False)
+        results.append((model.module.state_dict(), model.get_latent_representation()))
+    assert layouts == {torch.strided if change is sparse.csc_matrix else torch.sparse_csr}
+    assert results[0][1].shape == results[1][1].shape
+
+
 def test_counts_are_never_made_dense(atlas, monkeypatch):
     """The encoder gets log1p of the non-zeros, the library size their sum."""
     made_dense = []
     compute = LazyCounts.compute
     monkeypatch.setattr(LazyCounts, "compute", lambda x: made_dense.append(x) or compute(x))
-    fuse(scvi_model(atlas)).train(**TRAIN)
-    assert not made_dense
-    fuse(scvi_model(atlas, log_variational=False)).train(**TRAIN)
+    for options in ENCODERS.values():
+        model = fuse(encoder_model(atlas, **options))
+        model.train(**TRAIN)
+        model.get_latent_representation()
+        model.get_elbo()
+        model.get_reconstruction_error()
+        assert not made_dense
+    model = fuse(scvi_model(atlas))
+    (tensors,) = model._make_data_loader(model.adata, batch_size=atlas.n_obs)
+    assert isinstance(tensors["X"], LazyCounts)
+    assert torch.equal(tensors["X"] + 0, torch.as_tensor(atlas.X.toarray()))
     assert made_dense
 
 
@@ -467,16 +567,12 @@ def test_other_options_of_the_data_splitter(atlas, layouts):
     assert "_data_splitter_cls" not in vars(model), "left behind by a training that failed"
 
 
-def duplicated(x):
-    """Every count split in two entries of one place."""
-    x = x.tocsr()
-    halves = np.repeat(x.data / 2, 2)
-    return sparse.csr_matrix((halves, np.repeat(x.indices, 2), 2 * x.indptr), shape=x.shape)
-
-
-@pytest.mark.parametrize("change", [sparse.csc_matrix, duplicated])
+@pytest.mark.parametrize(
+    ("change", "layout"), [(sparse.csc_matrix, torch.strided), (duplicated, torch.sparse_csr)]
+)
 @pytest.mark.parametrize("sparse_tensor", [None, True])
-def test_other_sparse_counts_stay_dense(atlas, layouts, change, sparse_tensor):
+def test_other_sparse_counts(atlas, layouts, change, layout, sparse_tensor):
+    """CSC stays dense, duplicates are summed."""
     results = []
     for counts in (lambda x: x, change):
         scvi.settings.seed = 0
@@ -485,7 +581,7 @@ def test_other_sparse_counts_stay_dense(atlas, layouts, change, sparse_tensor):
         said = {} if sparse_tensor is None else {"load_sparse_tensor": sparse_tensor}
         model.train(**TRAIN, **said)
         results.append(model.module.state_dict())
-    assert layouts == {torch.strided}
+    assert layouts == {layout}
     assert_states_agree(*results)
 
 

@@ -885,10 +885,10 @@ def _slots(chunks: list[slice], split: int) -> list[int]:
     return list(itertools.accumulate(sizes, initial=0))
 
 
-# Tiles. Of the likelihood's many temporaries a thread holds those of 4 elements; more spill.
-_TILE = {"ROWS": 4, "GENES": 128, "num_warps": 4}
+# Tiles. Of the likelihood's many temporaries a thread holds those of 2 to 4 elements; more spill.
+_TILE = {"ROWS": 4, "GENES": 128, "num_warps": 8}
 _TILE_BY_GENE = {"ROWS": 8, "GENES": 64, "num_warps": 4, "maxnreg": 168}
-_FUSED_TILE = {"ROWS": 32, "GENES": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 200}
+_FUSED_TILE = {"ROWS": 32, "GENES": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 224}
 _FUSED_TILE_OF_HIDDEN = {**_FUSED_TILE, "GENES": 16}
 
 

@@ -824,6 +824,7 @@ def forward(
     labels_ok = None
     if labels:
         labels_ok = torch.empty(len(labels), dtype=torch.int32, device=x.device)
+    columns = _covering(max(width for *_, width in matrices), 32)
     launch(
         _linear,
         (n_groups * n_parts, triton.cdiv(n_hidden, tile["UNITS"])),
@@ -854,8 +855,9 @@ def forward(
         LAYER_NORM=inputs.use_layer_norm,
         ACTIVATION=inputs.activation,
         PRECISION=product_precision(),
-        COLUMNS=_covering(max(width for *_, width in matrices), 32),
-        num_stages=3,
+        COLUMNS=columns,
+        # Loads ahead of few columns and a small tile gain nothing, and cost registers.
+        num_stages=1 if columns == 16 and 16 in (tile["ROWS"], tile["UNITS"]) else 2,
         **tile,
     )
     for i, (k, _, _, n_cat) in enumerate(labels):

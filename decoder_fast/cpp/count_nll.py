@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import native
 from ..reference.count_nll import Inputs
-from ..reference.counts import BAD_COUNT, INFINITE_COUNT
+from ..reference.counts import BAD_COUNT, INFINITE_COUNT, Counts
 
 LIKELIHOODS = {"nb": 0, "zinb": 1, "poisson": 2}
 _ACTIVATIONS = {"softmax": 0, "softplus": 1}
@@ -76,33 +76,6 @@ def _kernel() -> Callable[..., int]:
     kernel.restype = c_int32
     kernel.argtypes = [ctypes.POINTER(_CountNLL)]
     return kernel  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _csr_form() -> Callable[..., int]:
-    function = native.load().decoder_fast_csr_form
-    function.restype = c_int32
-    function.argtypes = [c_void_p, c_void_p, c_int32, c_int64, c_int64, c_int64]
-    return function  # type: ignore[no-any-return]
-
-
-def canonical_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Take a ``torch.sparse_csr`` matrix (N, G) apart, if it is in canonical order.
-
-    Returns
-    -------
-    tuple of Tensor or None
-        Row pointers, columns and values; None where :func:`canonical_csr` has to sort, or to
-        refuse, the matrix.
-    """
-    crow, column, values = x.crow_indices(), x.col_indices(), x.values().detach()
-    if crow.numel() != x.shape[0] + 1 or values.shape != column.shape:
-        return None
-    crow, column = crow.contiguous(), column.contiguous()
-    form = _csr_form()(
-        crow.data_ptr(), column.data_ptr(), crow.element_size(), *x.shape, column.numel()
-    )
-    return None if form else (crow, column, values)
 
 
 def _countable(counts: Tensor) -> Tensor:
@@ -225,3 +198,24 @@ def backward(
     if "library" in wanted:
         gradients["library"] = -grad * usum
     return gradients
+
+
+def log_sum_exp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute what :func:`decoder_fast.reference.softmax_library.log_sum_exp` computes."""
+    n_rows, n_hidden = hidden.shape
+    # Of one cell without counts, in as many samples: the kernel stops where nothing else is wanted.
+    index = torch.zeros(2, dtype=torch.int64)
+    counts = Counts(None, index, index[:0], hidden[:0, 0], weight.shape[0], signed=False)
+    inputs = Inputs(
+        hidden.view(n_rows, 1, n_hidden),
+        hidden.new_zeros(n_rows, 1),
+        weight,
+        bias,
+        *(None,) * 6,
+        counts,
+        "poisson",
+        "softmax",
+    )
+    out = hidden.new_empty(n_rows)
+    _run(inputs, 0.0, {"log_sum_exp": out}, {})
+    return out

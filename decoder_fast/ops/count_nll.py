@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends import choose, implementation
 from ..cpp import count_nll as cpp
+from ..cpp.csr import canonical_parts
 from ..reference.count_nll import Inputs
 from ..reference.counts import Counts, canonical_csr, csr_parts
 from ..reference.log_prob import LIKELIHOODS
@@ -335,7 +336,7 @@ def _prepare_counts(
         return x, None, None, None
     if backend == "triton":
         return (None, *csr_parts(x))
-    parts = cpp.canonical_parts(x) if backend == "cpp" else None
+    parts = canonical_parts(x) if backend == "cpp" else None
     return (None, *(parts or canonical_csr(x)))
 
 

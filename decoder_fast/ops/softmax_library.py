@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
+from ..cpp import count_nll as cpp_count_nll
+from ..reference import softmax_library as reference
 from ._common import (
     check_floating,
     check_shape,
@@ -18,7 +20,7 @@ from ._common import (
     once_differentiable,
 )
 
-__all__ = ["softmax_library"]
+__all__ = ["log_sum_exp", "softmax_library"]
 
 SCALE_ACTIVATIONS = ("softmax", "softplus")
 
@@ -306,3 +308,28 @@ def softmax_library(
     if torch.compiler.is_compiling():
         return _op(*args)
     return _SoftmaxLibrary.apply(*args)
+
+
+def log_sum_exp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logarithm of the scale head's softmax normaliser, ``logsumexp(hidden @ weight.T + bias)``.
+
+    With it, normalised expression of a few genes takes the logits of those genes alone. Logits come
+    tile by tile, and are not kept. Not differentiable.
+
+    Parameters
+    ----------
+    hidden
+        Hidden units, (..., H), float32 or float64.
+    weight, bias
+        The scale head, (G, H) and (G,) or None, of the same dtype.
+
+    Returns
+    -------
+    Tensor
+        (...), of the same dtype.
+    """
+    # The native likelihood begins with it; that of an all-zero row asks for nothing else.
+    chosen = choose("count_nll", device=hidden.device, dtype=hidden.dtype, likelihood="poisson")
+    run = cpp_count_nll if chosen.backend == "cpp" and hidden.numel() > 0 else reference
+    with torch.no_grad(), no_autocast(hidden.device):
+        return run.log_sum_exp(hidden.flatten(0, -2), weight, bias).view(hidden.shape[:-1])

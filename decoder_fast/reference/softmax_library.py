@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Logits of a tile of :func:`log_sum_exp`, on a CPU and elsewhere.
+_TILE = {"cpu": 1 << 20}
+_LARGE_TILE = 1 << 26
+
 
 def forward(
     logits: Tensor,
@@ -65,3 +69,13 @@ def backward(
         else:
             d_logits = grad * -torch.expm1(-scale)  # sigmoid(a) = 1 - exp(-softplus(a))
     return d_logits, d_library
+
+
+def log_sum_exp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``logsumexp(hidden @ weight.T + bias, -1)``, (N,), from tiles of rows."""
+    out = hidden.new_empty(hidden.shape[0])
+    rows = max(1, _TILE.get(hidden.device.type, _LARGE_TILE) // max(1, weight.shape[0]))
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        torch.logsumexp(F.linear(hidden[part], weight, bias), -1, out=out[part])
+    return out

@@ -9,7 +9,8 @@ that the model builds from them answer ``log_prob(x).sum(-1)`` by
 :meth:`decoder_fast.DecoderSCVI.hidden_loss`. The losses of the models are their own.
 
 A fused model's ``train`` has its data splitter hand over CSR counts as CSR: the module sees them as
-dense (:class:`decoder_fast.lazy.LazyCounts`), the fused likelihood takes the CSR.
+dense (:class:`decoder_fast.lazy.LazyCounts`), the fused likelihood takes the CSR. Its methods of
+posterior expression (:mod:`decoder_fast.scvi.inference`) compute the genes and samples wanted.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from torch import nn
 
 try:
     import scvi.nn as scvi_nn
+    from scvi.dataloaders import AnnDataLoader
 except ImportError as error:
     raise ImportError(
         "decoder_fast.scvi needs scvi-tools, which is not installed or does not import "
         f"({error}): pip install 'decoder-fast[scvi]'"
     ) from error
 
-from .data import FusedTrain
+from .data import FusedAnnDataLoader, FusedTrain
 from .decoder import FusedDecoderSCVI, FusedFCLayers
-from .module import FusedModule, fused_module_class
+from .inference import FUSED_METHODS, FusedMethod
+from .module import FusedModule, fused_module_class, takes_csr
 
 __all__ = ["FusedDecoderSCVI", "FusedFCLayers", "fuse", "fused", "unfuse"]
 
@@ -66,6 +69,11 @@ def fuse(model: _Model) -> _Model:
     that off. Dense mini-batches remain for MULTIVI and ContrastiveVI, for a ``datamodule`` of the
     user's own, on MPS, and where a module is fused instead of its model.
 
+    What is asked of it later decodes the genes and samples that are asked for, and no others:
+    ``get_normalized_expression`` (and with it ``differential_expression``) and
+    ``get_likelihood_parameters`` add samples up instead of keeping them. The random numbers are
+    those of the stock model.
+
     Parameters
     ----------
     model
@@ -99,8 +107,14 @@ def fuse(model: _Model) -> _Model:
         has_loss = hasattr(owner, "generative") and hasattr(owner, "loss")
         if owns and has_loss and not _is_fused(owner):
             owner.__class__ = fused_module_class(type(owner))  # type: ignore[arg-type]
-    if module is not model and hasattr(type(model), "train") and "train" not in vars(model):
-        model.train = FusedTrain(model)  # type: ignore[attr-defined]
+    if module is not model:
+        if hasattr(type(model), "train") and "train" not in vars(model):
+            model.train = FusedTrain(model)  # type: ignore[attr-defined]
+        if takes_csr(module) and getattr(model, "_data_loader_cls", None) is AnnDataLoader:
+            model._data_loader_cls = FusedAnnDataLoader  # type: ignore[attr-defined]
+        for method in FUSED_METHODS:
+            if method.replaces(model) and method.name not in vars(model):
+                setattr(model, method.name, method(model))
     return model
 
 
@@ -135,6 +149,10 @@ def unfuse(model: _Model) -> _Model:
     )
     if isinstance(vars(model).get("train"), FusedTrain):
         del model.train  # type: ignore[attr-defined]
+    if vars(model).get("_data_loader_cls") is FusedAnnDataLoader:
+        del model._data_loader_cls  # type: ignore[attr-defined]
+    for name in [name for name, value in vars(model).items() if isinstance(value, FusedMethod)]:
+        delattr(model, name)
     return model
 
 

@@ -1,4 +1,4 @@
-"""CSR counts all the way: the data splitters of fused models, and their ``train``."""
+"""CSR counts all the way: data splitters and loaders of fused models, and their ``train``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import anndata
 import torch
 from scipy import sparse
 from scvi import dataloaders
 from torch import Tensor
 
 from ..lazy import LazyCounts
-from .module import takes_csr
+from .module import canonical, is_csr, takes_csr
+
+_SPARSE = (sparse.spmatrix, sparse.sparray, anndata.abc.CSRDataset, anndata.abc.CSCDataset)
 
 
 class _FusedSplitter:
@@ -41,37 +44,60 @@ class _FusedSplitter:
 
     def _in_csr(self, loader: Any) -> Any:
         """Have a loader hand over CSR tensors, if there is CSR to hand over and a place for it."""
-        if loader is None or self.trainer.strategy.root_device.type == "mps":  # it has no CSR
-            return loader
-        # SCANVI's second loader, of labelled cells, is for its classifier alone.
-        first = loader.dataloaders[0] if hasattr(loader, "dataloaders") else loader
-        dataset = first.dataset.dataset
-        stored = [data for data in dataset.data.values() if sparse.issparse(data)]
-        # scvi-tools makes CSR tensors of csr_matrix alone; LazyCounts takes no duplicates.
-        if stored and all(
-            isinstance(data, sparse.csr_matrix) and data.has_canonical_format for data in stored
-        ):
-            _silence_torch_about_csr()
-            dataset.load_sparse_tensor = True
+        if loader is not None and self.trainer.strategy.root_device.type != "mps":  # it has no CSR
+            # SCANVI's second loader, of labelled cells, is for its classifier alone.
+            first = loader.dataloaders[0] if hasattr(loader, "dataloaders") else loader
+            _keep_csr(first.dataset.dataset)
         return loader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Put CSR tensors in canonical order, while they are on the CPU."""
+        return _each(batch, canonical)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Show CSR tensors as dense, where scvi-tools' splitter makes them dense."""
-        if isinstance(batch, dict):
-            return {key: self._shown(value) for key, value in batch.items()}
-        return [self.on_after_batch_transfer(part, dataloader_idx) for part in batch]
+        return _each(batch, self._shown)
 
-    def _shown(self, value: Any) -> Any:
-        """Show one CSR tensor as dense, the CSR at hand as its ``csr``; leave others alone."""
-        if not isinstance(value, Tensor) or value.layout is not torch.sparse_csr:
-            return value
-        counts = LazyCounts.of(value)
+    def _shown(self, csr: Tensor) -> Tensor:
+        """Show a CSR tensor as dense, the CSR at hand as its ``csr``."""
+        counts = LazyCounts.of(csr)
         if not hasattr(self.trainer.lightning_module.module, "_orig_mod"):
             return counts
         # torch.compile's graphs would break at a lazy tensor, but let an attribute pass.
         dense = counts.materialise()
-        dense.csr = value  # type: ignore[attr-defined]
+        dense.csr = csr  # type: ignore[attr-defined]
         return dense
+
+
+def _each(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to the CSR tensors of a mini-batch, or of each of a list of them."""
+    if not isinstance(batch, dict):
+        return [_each(part, function) for part in batch]
+    return {key: function(value) if is_csr(value) else value for key, value in batch.items()}
+
+
+def _keep_csr(dataset: Any) -> None:
+    """Have a dataset hand over CSR counts, in memory or on disk, as CSR tensors."""
+    stored = [data for data in dataset.data.values() if isinstance(data, _SPARSE)]
+    # scvi-tools makes CSR tensors of csr_matrix alone, and anndata can be told to read others.
+    kinds: tuple[type, ...] = (sparse.csr_matrix,)
+    if not anndata.settings.use_sparse_array_on_read:
+        kinds += (anndata.abc.CSRDataset,)
+    if stored and all(isinstance(data, kinds) for data in stored):
+        _silence_torch_about_csr()
+        dataset.load_sparse_tensor = True
+
+
+class FusedAnnDataLoader(dataloaders.AnnDataLoader):
+    """scvi-tools' data loader, for inference: CSR counts are shown as dense, never made so."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _keep_csr(self.dataset.dataset)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            yield _each(batch, lambda csr: LazyCounts.of(canonical(csr)))
 
 
 class FusedDataSplitter(_FusedSplitter, dataloaders.DataSplitter):

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import scvi.nn as scvi_nn
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn as fast
@@ -30,13 +32,32 @@ class Decoded:
     def _scale_and_rate(self) -> tuple[Tensor, Tensor]:
         return self.decoder._scale_and_rate(self.hidden, self.library)
 
-    def compute(self, output: str) -> Tensor:
-        """Compute one of the decoder's outputs."""
-        if output == "px_dropout":
-            return self.decoder.px_dropout_decoder(self.hidden)
-        if output == "px_r":
-            return self.decoder.px_r_decoder(self.hidden)
-        return self._scale_and_rate[("px_scale", "px_rate").index(output)]
+    def compute(self, output: str, genes: Tensor | None = None) -> Tensor:
+        """Compute one of the decoder's outputs; without gradients it may be of some genes only."""
+        if output in ("px_r", "px_dropout"):
+            head = getattr(self.decoder, f"{output}_decoder")
+            if genes is None:
+                return head(self.hidden)
+            bias = None if head.bias is None else head.bias[genes]
+            return F.linear(self.hidden, head.weight[genes], bias)
+        if genes is None and torch.is_grad_enabled():
+            return self._scale_and_rate[("px_scale", "px_rate").index(output)]
+        # Nothing here is kept for a backward pass: the one output, and in place.
+        scale = self.decoder.hidden_scale(self.hidden, genes)
+        return scale if output == "px_scale" else scale.mul_(self.library.exp())
+
+    def samples(self, start: int, stop: int) -> Decoded:
+        """Return the part of it that belongs to some of the Monte-Carlo samples."""
+        library = self.library
+        if library.dim() == 3 and library.shape[0] != 1:
+            library = library[start:stop]
+        return Decoded(self.decoder, self.hidden[start:stop], library)
+
+    def rows(self, index: Tensor) -> Decoded:
+        """Return some of its rows, which are cells, or cells of one sample after another."""
+        library = self.library.expand(*self.hidden.shape[:-1], 1)
+        hidden, library = (t.flatten(0, -2)[index] for t in (self.hidden, library))
+        return Decoded(self.decoder, hidden, library)
 
     def cells(self, start: int, length: int) -> Decoded:
         """Return the part of it that belongs to some of the cells."""
@@ -75,12 +96,33 @@ class LazyOutput(LazyTensor):
             return LazyExp.of(self)
         if func in (torch.split, Tensor.split) and args[0] is self:
             return self._split(*args[1:], **kwargs)
+        if func is Tensor.__getitem__ and args[0] is self:
+            return self._of_genes(args[1])
         if func in (Tensor.__ge__, Tensor.ge) and args[1] == 0 and self.output != "px_r":
             # Distributions check that a rate is not negative; this one is exp(.) * softmax(.).
             return torch.ones((), dtype=torch.bool, device=self.device)
         if func in (Tensor.__eq__, Tensor.eq) and args[0] is args[1] is self:
             return torch.ones((), dtype=torch.bool, device=self.device)
         return broadcast(func, args)
+
+    def _of_genes(self, index: Any) -> Any:
+        """Compute ``self[..., genes]`` alone, where ``genes`` is a mask or a list."""
+        if self._value is not None or self._grad_enabled:
+            return NotImplemented
+        if not (isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis):
+            return NotImplemented
+        if not isinstance(index[1], (list, np.ndarray, Tensor)):  # a slice is a view
+            return NotImplemented
+        genes = torch.arange(self.shape[-1], device=self.device)[index[1]]
+        return self.decoded.compute(self.output, genes) if genes.dim() == 1 else NotImplemented
+
+    def samples(self, start: int, stop: int) -> Tensor:
+        """Return some of the Monte-Carlo samples, lazily."""
+        return LazyOutput.of(self.decoded.samples(start, stop), self.output)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return some rows, lazily."""
+        return LazyOutput.of(self.decoded.rows(index), self.output)
 
     def _split(self, sizes: Any, dim: int = 0) -> Any:
         if dim % self.dim() != self.dim() - 2 or not isinstance(sizes, (list, tuple)):

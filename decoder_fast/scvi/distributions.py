@@ -101,6 +101,12 @@ class _FusedDistribution:
 
     likelihood: str
     _names: tuple[str, str | None, str | None]  # of mean, theta and dropout logits
+    _normalized = "scale"
+
+    def get_normalized(self, key: str) -> Tensor:
+        """Expression, normalised or not; lazy, so that of the genes asked for alone is computed."""
+        name = {"mu": self._names[0], "scale": self._normalized}.get(key)
+        return super().get_normalized(key) if name is None else self.__dict__[name]  # type: ignore[misc]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-likelihood of each element, computed only if more than its sum is asked for."""
@@ -155,6 +161,7 @@ class FusedNormal(_FusedDistribution, scvi_distributions.Normal):
 
     likelihood = "normal"
     _names = ("loc", "scale", None)
+    _normalized = "normal_mu"
     loc, scale, normal_mu = _Parameter(), _Parameter(), _Parameter()
 
 

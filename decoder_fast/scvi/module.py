@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lazy import LazyOneHots
+from .. import native
+from ..cpp.csr import canonical_parts
+from ..lazy import LazyCounts, LazyOneHots
+from ..reference.counts import canonical_csr
 from .decoder import lazy_outputs
 from .distributions import fuse_distributions, reconstruction_loss
 
@@ -45,6 +49,19 @@ def takes_csr(module: nn.Module) -> bool:
     )
 
 
+def is_csr(value: Any) -> bool:
+    """Whether something is a CSR tensor."""
+    return isinstance(value, Tensor) and value.layout is torch.sparse_csr
+
+
+def canonical(csr: Tensor) -> Tensor:
+    """Sort the columns of a CSR tensor within its rows and sum duplicates, if it needs that."""
+    if csr.device.type == "cpu" and native.reason() is None and canonical_parts(csr) is not None:
+        return csr
+    parts = canonical_csr(csr)
+    return torch.sparse_csr_tensor(*parts, size=csr.shape, check_invariants=False)
+
+
 @functools.cache
 def fused_module_class(stock_class: type) -> type:
     """Make the subclass of a module's class in which the decoder's outputs are lazy."""
@@ -60,12 +77,33 @@ def fused_module_class(stock_class: type) -> type:
             lazy_outputs.reset(token)
         return fuse_distributions(outputs)
 
+    @functools.wraps(stock_class.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        # A data module of the user's own may hand over CSR.
+        if takes_csr(self) and isinstance(tensors, dict):
+            tensors = {
+                key: LazyCounts.of(canonical(value)) if is_csr(value) else value
+                for key, value in tensors.items()
+            }
+        return stock_class.forward(self, tensors, *args, **kwargs)  # type: ignore[attr-defined]
+
+    @functools.wraps(stock_class.inference)  # type: ignore[attr-defined]
+    def inference(self: Any, *args: Any, **kwargs: Any) -> Any:
+        one_hots = getattr(self, "encode_covariates", False) and not torch.compiler.is_compiling()
+        with LazyOneHots() if one_hots else contextlib.nullcontext():
+            return stock_class.inference(self, *args, **kwargs)  # type: ignore[attr-defined]
+
     @torch.compiler.disable
     @functools.wraps(stock_class.loss)  # type: ignore[attr-defined]
     def loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         return stock_class.loss(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    methods: dict[str, Any] = {"generative": generative, "loss": loss}
+    methods: dict[str, Any] = {
+        "forward": forward,
+        "inference": inference,
+        "generative": generative,
+        "loss": loss,
+    }
     for name, likelihood in _LOSS_METHODS.items():
         if callable(stock := getattr(stock_class, name, None)):
             static = isinstance(inspect.getattr_static(stock_class, name), staticmethod)
