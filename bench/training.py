@@ -6,21 +6,27 @@ import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import scvi
+import torch
 
 from decoder_fast import fuse
 from decoder_fast.datasets import simulate_atlas
 
+from .fresh import fresh, peak_extra_bytes
 from .timing import interleaved
 
-#: Cells, genes, batches, cells a mini-batch, likelihood.
-Case = tuple[int, int, int, int, str]
+#: Cells, genes, batches, cells a mini-batch, likelihood, options of the model.
+Case = tuple[int, int, int, int, str, dict[str, object]]
 CASES: tuple[Case, ...] = (
-    (2_000, 2_000, 16, 128, "zinb"),
-    (2_000, 4_000, 16, 128, "nb"),
-    (4_096, 8_000, 16, 1_024, "zinb"),
-    (4_096, 2_000, 2_000, 1_024, "nb"),
+    (2_000, 2_000, 16, 128, "zinb", {}),
+    (4_096, 4_000, 16, 128, "nb", {}),
+    (4_096, 8_000, 16, 1_024, "zinb", {}),
+    (2_048, 20_000, 16, 1_024, "zinb", {}),
+    # the Census model of CELLxGENE, with mini-batches and cells for a small machine
+    (4_096, 8_000, 11_108, 256, "nb", {"n_layers": 2, "n_latent": 50}),
 )
 
 
@@ -29,17 +35,17 @@ def cases(quick: bool) -> tuple[Case, ...]:
     return CASES[:1] if quick else CASES
 
 
-def measure(case: Case, repeats: int) -> dict[str, object]:
-    """Time whole epochs, data loading included."""
+@contextmanager
+def models(case: Case) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
+    """Stock and fused models of a case: what it is, and for each a function that runs an epoch."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    cells, genes, batches, batch_size, likelihood = case
+    cells, genes, batches, batch_size, likelihood, options = case
     adata = simulate_atlas(n_cells=cells, n_genes=genes, n_batches=batches, seed=0)
-    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
-    models = {
-        "stock eager": scvi.model.SCVI(adata, gene_likelihood=likelihood),
-        "ours": fuse(scvi.model.SCVI(adata, gene_likelihood=likelihood)),
-    }
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    stock, ours = (scvi.model.SCVI(adata, gene_likelihood=likelihood, **options) for _ in "ab")
+    density = adata.X.nnz / adata.X.shape[0] / adata.X.shape[1]
+    fuse(ours)
 
     def epoch(model: scvi.model.SCVI) -> None:
         with warnings.catch_warnings():
@@ -53,19 +59,33 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
                 logger=False,
             )
 
+    shape = (
+        f"{cells:,} cells x {genes:,} genes, {density:.0%} non-zero, {batches:,} batches, "
+        f"mini-batches of {batch_size:,}, {likelihood}"
+    )
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # Lightning leaves its logs in the current folder
         try:
-            seconds = interleaved(
-                {name: lambda model=model: epoch(model) for name, model in models.items()},
-                repeats=min(repeats, 5),
-            )
+            yield shape, {"stock eager": lambda: epoch(stock), "ours": lambda: epoch(ours)}
         finally:
             os.chdir(here)
+
+
+def _peak(case: Case, name: str, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    with models(case) as (_, alternatives):
+        return peak_extra_bytes(alternatives[name])
+
+
+def measure(case: Case, repeats: int) -> dict[str, object]:
+    """Time whole epochs, data loading included, and measure the peak memory of the first one."""
+    with models(case) as (shape, alternatives):
+        seconds = interleaved(alternatives, repeats=min(repeats, 5))
+    peaks = {name: fresh(_peak, case, name, torch.get_num_threads()) for name in seconds}
     return {
-        "shape": f"{cells:,} cells x {genes:,} genes, {batches} batches, mini-batches of "
-        f"{batch_size}, {likelihood}",
+        "shape": shape,
         "what": "SCVI.train, one epoch",
         **seconds,
+        "peak extra bytes": peaks,
     }

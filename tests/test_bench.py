@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import decoder_fast.nn as fast_nn
-from decoder_fast import DecoderSCVI, cli
+from decoder_fast import DecoderSCVI, backends, cli
 from decoder_fast.bench import count_nll, readme, suite, suite_report, timing
 from decoder_fast.bench import stock as plain
 from decoder_fast.bench.shapes import SHAPES, Shape
 
 ROOT = Path(__file__).parent.parent
-OPERATIONS = {"hidden layers", "px_scale and px_rate", "heads + likelihood"}
+OPERATIONS = {what for what, *_ in suite.OPERATIONS.values()}
 TRAINING = {"training step", "SCVI.train, one epoch"}
 OUTPUTS = {"benchmark.csv", "benchmark.md", "speed-up.png", "memory.png"}
 TINY = {
@@ -84,6 +84,10 @@ def test_users_benchmark(bench, tmp_path, monkeypatch):
     assert "16 cells x 40 genes, 3 batches, 1 layer of 16, zinb; as it is" in printed
     assert "2 samples of 8 cells" in printed and "evaluation: forward alone" in printed
     assert "Where ours is slower, wrong or failed" in printed
+
+
+def test_every_operation_is_measured():
+    assert set(suite.OPERATIONS) == set(backends.OPERATIONS)
 
 
 def too_large(function):

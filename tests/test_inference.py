@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from decoder_fast import fuse, unfuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
+from decoder_fast.lazy import LazyExpanded, LazyTensor, real, rows, samples  # noqa: E402
 from decoder_fast.ops.softmax_library import log_sum_exp  # noqa: E402
 from decoder_fast.reference import softmax_library as reference  # noqa: E402
 from decoder_fast.scvi import inference  # noqa: E402
@@ -151,6 +152,10 @@ QUESTIONS = {
     "mean, batches": {"n_samples": 3, "transform_batch": "two", "gene_list": "some"},
     "mean of a few cells": {"n_samples": 3, "indices": [7, 3, 3, 80], "library_size": 7},
     "mean of a mask": {"n_samples": 3, "indices": np.arange(N) % 3 == 1, "batch_size": 7},
+    "mean, without the last cells": {
+        **{"n_samples": 3, "data_loader_kwargs": {"drop_last": True}, "batch_size": 40},
+        "return_numpy": True,
+    },
     "mean, in any order": {"n_samples": 3, "data_loader_kwargs": {"shuffle": True}},
     "samples": {"n_samples": 3, "return_mean": False},
     "samples of genes": {"n_samples": 3, "return_mean": False, "gene_list": "some"},
@@ -192,7 +197,7 @@ def test_normalized_expression(atlas, answered, kind, monkeypatch):
             assert_same(*both(model, functools.partial(expression, question)))
             several = question.startswith(("mean", "overall"))
             assert answered == ["get_normalized_expression"] * several, question
-        if kind not in ("zinb", "softplus"):
+        if kind not in ("zinb", "softplus", "library size learned"):
             break
 
 
@@ -215,7 +220,8 @@ def test_of_a_data_loader(atlas, answered):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_likelihood_parameters(atlas, answered, kind):
+def test_likelihood_parameters(atlas, answered, kind, monkeypatch):
+    monkeypatch.setattr(inference, "_MOST_ELEMENTS", 1)  # a sample at a time
     model = make(atlas, **MODELS[kind])
     if model.module.gene_likelihood not in ("nb", "zinb"):
         for change in (unfuse, fuse):
@@ -511,7 +517,8 @@ def large():
     ids=["genes", "all genes", "overall, genes", "overall", "parameters", "error", "elbo", "ll"],
 )
 def test_samples_by_cells_by_genes_are_nowhere(large, monkeypatch, ask, answer):
-    monkeypatch.setattr(inference, "_MOST_ELEMENTS", 1)
+    # All samples of five genes at once, but one sample of all genes.
+    monkeypatch.setattr(inference, "_MOST_ELEMENTS", SAMPLES * CELLS * 5)
     monkeypatch.setattr(reference, "_TILE", {"cpu": 1})  # where there is no native library
     largest, arrays = [], []
     for change in (unfuse, fuse):
@@ -529,6 +536,30 @@ def test_samples_by_cells_by_genes_are_nowhere(large, monkeypatch, ask, answer):
     if answer not in (0, 30 * GENES):
         assert largest[0] >= 10 * CELLS * GENES, "stock has become frugal: this tests nothing"
     assert arrays[1] <= 4 * answer + 4 * CELLS * GENES + (2 << 20)
+
+
+def test_parts_of_lazy_tensors(atlas):
+    """Samples, and rows of samples x cells: lazy, and what the whole tensor has there."""
+    model = fuse(make(atlas, dispersion="gene-cell"))
+    tensors = next(iter(model._make_data_loader(model.adata, batch_size=7)))
+    with torch.inference_mode():
+        _, outputs = model.module.forward(
+            tensors, inference_kwargs={"n_samples": 4}, compute_loss=False
+        )
+        px = vars(outputs["px"])
+        mixed = LazyExpanded.of(torch.randn(4, 1, G), torch.Size((4, 7, G)))
+        alike = LazyExpanded.of(torch.randn(7, G), torch.Size((4, 7, G)))
+        index = torch.tensor([27, 0, 8, 8])
+        for lazy in (*(px[n] for n in ("mu", "scale", "zi_logits", "theta")), mixed, alike):
+            part = samples(lazy, 1, 3)
+            assert isinstance(part, LazyTensor) and lazy._value is None
+            some = rows(lazy, index)
+            assert part.shape == (2, 7, G) and some.shape == (4, G)
+            whole = real(lazy)
+            torch.testing.assert_close(real(part), whole[1:3])
+            torch.testing.assert_close(real(some), whole.flatten(0, 1)[index])
+            assert torch.equal(samples(whole, 1, 3), whole[1:3])
+            assert torch.equal(rows(whole, index), whole.flatten(0, 1)[index])
 
 
 # --- the normaliser ------------------------------------------------------------------------------
@@ -619,13 +650,12 @@ def test_saved_and_loaded(atlas, tmp_path):
 
 
 def test_methods_of_a_models_own_stay(atlas):
-    """MULTIVI's method is not the one of RNASeqMixin; nor is that of a subclass."""
-
     class Other(SCVI):
+        @functools.wraps(SCVI.get_normalized_expression)
         def get_normalized_expression(self, *args, **kwargs):
             return "its own"
 
     model = fuse(make(atlas, cls=Other))
     assert model.get_normalized_expression(n_samples=3) == "its own"
+    assert "get_normalized_expression" not in vars(model)
     assert isinstance(model.get_likelihood_parameters, inference.FusedLikelihoodParameters)
-    assert not inference.FusedNormalizedExpression.replaces(scvi.model.MULTIVI)

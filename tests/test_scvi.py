@@ -618,6 +618,74 @@ def test_unfused_models_train_as_stock(atlas, layouts, shown):
     assert layouts == set() and not shown
 
 
+def test_options_of_training_are_stocks(atlas, tmp_path):
+    """Early stopping, checkpoints, validation, a learning rate that falls: the same epochs."""
+    options = {
+        "max_epochs": 12,
+        "early_stopping": True,
+        "early_stopping_patience": 1,
+        "early_stopping_min_delta": 20.0,
+        "train_size": 0.7,
+        "validation_size": 0.2,
+        "batch_size": 50,
+        "check_val_every_n_epoch": 1,
+        "plan_kwargs": {"reduce_lr_on_plateau": True, "lr_patience": 1, "lr_threshold": 50.0},
+    }
+    found = []
+    for name, change in (("stock", unfuse), ("ours", fuse)):
+        scvi.settings.seed = 0
+        model = change(scvi_model(atlas))
+        checkpoint = scvi.train.SaveCheckpoint(
+            dirpath=str(tmp_path / name), monitor="elbo_validation", load_best_on_end=True
+        )
+        model.train(**{**TRAIN, **options}, callbacks=[checkpoint], enable_checkpointing=True)
+        loaded = SCVI.load(checkpoint.best_model_path, adata=model.adata, accelerator="cpu")
+        assert type(loaded.module.decoder) is scvi.nn.DecoderSCVI
+        found.append((model, loaded.module.state_dict()))
+    (stock, stock_best), (ours, ours_best) = found
+    assert 1 < len(stock.history["elbo_train"]) == len(ours.history["elbo_train"]) < 12
+    assert len(stock.validation_indices) == len(ours.validation_indices) == 60
+    for key in ("elbo_train", "elbo_validation", "reconstruction_loss_validation"):
+        assert_close(stock.history[key], ours.history[key])
+    assert_states_agree(stock_best, ours_best)
+
+
+def optimizer_of(model, **said):
+    model.train(**TRAIN, **said)
+    (optimizer,) = model.trainer.optimizers
+    return optimizer
+
+
+def test_adam_is_fused(atlas):
+    model = scvi_model(atlas)
+    stock = optimizer_of(model)
+    fuse(model)
+    ours = optimizer_of(model)
+    assert type(ours) is type(stock) is torch.optim.Adam
+    assert ours.param_groups[0]["fused"] and not stock.param_groups[0]["fused"]
+    for name in ("lr", "eps", "weight_decay", "betas"):
+        assert ours.param_groups[0][name] == stock.param_groups[0][name]
+    assert optimizer_of(model, plan_kwargs={"optimizer": "AdamW"}).param_groups[0]["fused"]
+    assert model._training_plan_cls is SCVI._training_plan_cls
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {
+            "plan_kwargs": {
+                "optimizer": "Custom",
+                "optimizer_creator": lambda params: torch.optim.Adam(params, lr=1e-4),
+            }
+        },
+        {"precision": "bf16-mixed"},
+    ],
+    ids=["the user's own", "scaled"],
+)
+def test_optimizers_that_are_left_alone(atlas, said):
+    assert not optimizer_of(fuse(scvi_model(atlas)), **said).param_groups[0]["fused"]
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_trains_itself(atlas, layouts, copied):
     model = fuse(scvi_model(atlas))

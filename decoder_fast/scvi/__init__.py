@@ -30,10 +30,11 @@ except ImportError as error:
         f"({error}): pip install 'decoder-fast[scvi]'"
     ) from error
 
-from .data import FusedAnnDataLoader, FusedTrain
+from .data import FusedAnnDataLoader
 from .decoder import FusedDecoderSCVI, FusedFCLayers
 from .inference import FUSED_METHODS, FusedMethod
 from .module import FusedModule, fused_module_class, takes_csr
+from .training import FusedTrain
 
 __all__ = ["FusedDecoderSCVI", "FusedFCLayers", "fuse", "fused", "unfuse"]
 

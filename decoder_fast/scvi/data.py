@@ -1,10 +1,8 @@
-"""CSR counts all the way: data splitters and loaders of fused models, and their ``train``."""
+"""CSR counts all the way: the data splitters and loaders of fused models."""
 
 from __future__ import annotations
 
 import functools
-import inspect
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +14,7 @@ from scvi import dataloaders
 from torch import Tensor
 
 from ..lazy import LazyCounts
-from .module import canonical, is_csr, takes_csr
+from .module import canonical, is_csr
 
 _SPARSE = (sparse.spmatrix, sparse.sparray, anndata.abc.CSRDataset, anndata.abc.CSCDataset)
 
@@ -108,7 +106,7 @@ class FusedSemiSupervisedDataSplitter(_FusedSplitter, dataloaders.SemiSupervised
     """scvi-tools' data splitter, handing over CSR counts as CSR."""
 
 
-_FUSED_SPLITTERS: dict[type, type] = {
+FUSED_SPLITTERS: dict[type, type] = {
     cls.__mro__[2]: cls for cls in (FusedDataSplitter, FusedSemiSupervisedDataSplitter)
 }
 
@@ -120,34 +118,3 @@ def _silence_torch_about_csr() -> None:
         warnings.simplefilter("ignore")
         index = torch.zeros(1, dtype=torch.int32)
         torch.sparse_csr_tensor(index, index[:0], torch.zeros(0), size=(0, 1))
-
-
-class FusedTrain:
-    """``model.train`` of a fused model: that of its class, with a data splitter that keeps CSR."""
-
-    __wrapped__: Callable[..., Any]
-
-    def __init__(self, model: Any) -> None:
-        functools.update_wrapper(self, types.MethodType(type(model).train, model))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the model."""
-        train = self.__wrapped__
-        model: Any = train.__self__  # type: ignore[attr-defined]
-        splitter = _FUSED_SPLITTERS.get(getattr(model, "_data_splitter_cls", object))
-        if splitter is None or not takes_csr(model.module):
-            return train(*args, **kwargs)
-        said = {**inspect.signature(train).bind(*args, **kwargs).arguments, **kwargs}
-        options = dict(said.get("datasplitter_kwargs") or {})
-        wanted = options.pop("load_sparse_tensor", said.get("load_sparse_tensor", True))
-        # Not every model's train and data splitter know the option.
-        kwargs.pop("load_sparse_tensor", None)
-        if "datasplitter_kwargs" in kwargs:
-            kwargs["datasplitter_kwargs"] = options
-        if not wanted:
-            return train(*args, **kwargs)
-        model._data_splitter_cls = splitter
-        try:
-            return train(*args, **kwargs)
-        finally:
-            del model._data_splitter_cls

@@ -1,0 +1,79 @@
+"""``model.train`` of fused models: CSR mini-batches, and torch's fused optimizer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from scvi import train
+
+from .data import FUSED_SPLITTERS
+from .module import takes_csr
+
+
+@functools.cache
+def _fused_training_plan(stock_class: type) -> type:
+    """Make the subclass of a training plan whose Adam or AdamW is one operation a step.
+
+    On the CPU torch's default takes a dozen passes over each parameter: at atlas size more than
+    all else of a step. An optimizer of the user's own stays as it is.
+    """
+
+    class FusedTrainingPlan(stock_class):  # type: ignore[misc,valid-type]
+        def _optimizer_creator_fn(self, optimizer_cls: type) -> Any:
+            # With gradient scaling Lightning refuses to clip gradients for fused optimizers.
+            if self.device.type in ("cpu", "cuda") and self.trainer.precision == "32-true":
+                optimizer_cls = functools.partial(optimizer_cls, fused=True)  # type: ignore[assignment]
+            return super()._optimizer_creator_fn(optimizer_cls)
+
+    FusedTrainingPlan.__doc__ = stock_class.__doc__
+    FusedTrainingPlan.__name__ = FusedTrainingPlan.__qualname__ = f"Fused{stock_class.__name__}"
+    return FusedTrainingPlan
+
+
+@contextmanager
+def _replaced(model: Any, **attributes: Any) -> Iterator[None]:
+    """Give a model attributes of its own for a while."""
+    before = {name: vars(model)[name] for name in attributes if name in vars(model)}
+    vars(model).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(model)[name]
+        vars(model).update(before)
+
+
+class FusedTrain:
+    """``model.train`` of a fused model: that of its class, its parts replaced by fused ones."""
+
+    __wrapped__: Callable[..., Any]
+
+    def __init__(self, model: Any) -> None:
+        functools.update_wrapper(self, types.MethodType(type(model).train, model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Train the model."""
+        stock = self.__wrapped__
+        model: Any = stock.__self__  # type: ignore[attr-defined]
+        parts: dict[str, Any] = {}
+        plan = getattr(model, "_training_plan_cls", object)
+        if issubclass(plan, train.TrainingPlan):
+            parts["_training_plan_cls"] = _fused_training_plan(plan)
+        splitter = FUSED_SPLITTERS.get(getattr(model, "_data_splitter_cls", object))
+        if splitter is not None and takes_csr(model.module):
+            said = {**inspect.signature(stock).bind(*args, **kwargs).arguments, **kwargs}
+            options = dict(said.get("datasplitter_kwargs") or {})
+            wanted = options.pop("load_sparse_tensor", said.get("load_sparse_tensor", True))
+            # Not every model's train and data splitter know the option.
+            kwargs.pop("load_sparse_tensor", None)
+            if "datasplitter_kwargs" in kwargs:
+                kwargs["datasplitter_kwargs"] = options
+            if wanted:
+                parts["_data_splitter_cls"] = splitter
+        with _replaced(model, **parts):
+            return stock(*args, **kwargs)
