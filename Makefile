@@ -2,7 +2,7 @@
 # make test      ruff, mypy and the whole test suite
 # make lint      ruff and mypy alone
 # make sanitize  tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-# make bench     the benchmarks
+# make bench     scvi-tools, compiled scvi-tools and this package on your machine: bench-output/
 # make aot       the Triton kernels, compiled for many GPUs without one: bench/results/aot-*, costs.*
 # make gpu       everything that wants a GPU: tests, times and memory, in ten minutes
 #
@@ -42,8 +42,8 @@ lint: $(VENV)/test.stamp
 sanitize: $(VENV)/test.stamp
 	PYTHON=$(BIN)/python tests/sanitize.sh
 
-bench: $(VENV)/test.stamp $(VENV)/bench.stamp
-	$(BIN)/python -m bench
+bench: $(VENV)/scvi.stamp
+	$(BIN)/decoder-fast bench
 
 aot: $(VENV)/test.stamp $(OLD_TRITON).stamp
 	@failed=0; for triton in '' $(OLD_TRITON); do \

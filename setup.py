@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the native library and where two of the packages come from."""
+"""What pyproject.toml cannot say: the native library and where some of the packages come from."""
 
 import os
 import runpy
@@ -49,9 +49,14 @@ setup(
         *find_packages(include=["decoder_fast", "decoder_fast.*"]),
         "decoder_fast.triton_kernels",
         "decoder_fast.csrc",
+        "decoder_fast.bench",
     ],
     # Triton itself ships a top-level package triton_kernels: ours must not be installed as one.
-    package_dir={"decoder_fast.triton_kernels": "triton_kernels", "decoder_fast.csrc": "csrc"},
+    package_dir={
+        "decoder_fast.triton_kernels": "triton_kernels",
+        "decoder_fast.csrc": "csrc",
+        "decoder_fast.bench": "bench",
+    },
     # The sources travel along, to be compiled on first use where the library was not built.
     package_data={
         "decoder_fast": ["py.typed"],

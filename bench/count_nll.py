@@ -1,141 +1,122 @@
 """``count_nll`` against scvi-tools' heads and distributions: time, memory, share of a floor.
 
-Every alternative computes the mean over cells of the negative log-likelihood and its gradients with
-respect to hidden units, heads and dispersion. *Stock compiled* is the same arithmetic as one graph:
-scvi-tools' distributions check the counts, which breaks the graph and would make it slower. *Head
-products* are three ``torch.mm`` a head that is used, into tensors that are there already.
+Every alternative computes the negative log-likelihood of each cell and the gradients of their sum
+with respect to hidden units, heads and dispersion. *Stock compiled* is the same arithmetic as one
+graph: scvi-tools' distributions check the counts, which breaks the graph and would make it slower.
+*Head products* are three ``torch.mm`` a head that is used, into tensors that are there already.
 """
 
 from __future__ import annotations
 
 import platform
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from decoder_fast.backends import choose
 from decoder_fast.functional import count_nll
 
+from . import stock
+from .case import Case, Random, blocks, csr_of, errors, is_right, products
 from .floor import floor, rates
 from .fresh import fresh, peak_extra_bytes
-from .shapes import COUNTS, Counts
+from .shapes import COUNTS, Shape
 from .timing import interleaved
 
-NONZERO = 0.05
-PER_CELL = ("x", "hidden", "library")
-#: Largest relative errors of the losses, and of a gradient by its largest element.
-TOLERANCE = {"loss": 1e-6, "gradient": 1e-5}
-#: The same for bf16 products: a bf16 number has 8 bits, and gradients sum thousands of them.
-TOLERANCE_BF16 = {"loss": 1e-4, "gradient": 1e-2}
+CPU = torch.device("cpu")
 #: Whose memory is measured.
 MEASURED = ("stock eager", "stock compiled", "ours, CSR", "ours, dense")
 #: By default glibc hands larger tensors back to the system when they are freed, and every page of
 #: the next one has to be faulted in anew.
 RAISED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 
-Problem = dict[str, Tensor]
+Function = Callable[[], tuple[Tensor, ...]]
 
 
-def problem(shape: Counts) -> Problem:
-    """Random heads and counts of which 5 % are not zero, dense and as AnnData's CSR hands them."""
-    g = torch.Generator().manual_seed(0)
+def plain(take: Callable[..., Tensor], shape: Shape, p: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Stock's heads (the dropout head among them whatever the likelihood) and likelihood."""
+    scale = torch.softmax(nn.functional.linear(p["hidden"], p["scale"], p["scale bias"]), -1)
+    rate = torch.exp(p["library"]) * scale
+    dropout = nn.functional.linear(p["hidden"], p["dropout"], p["dropout bias"])
+    return (take(shape.likelihood, p["x"], rate, torch.exp(p["px_r"]), dropout),)
 
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*size, generator=g) * scale
 
-    n, genes, hidden = shape.cells, shape.genes, shape.hidden
-    rate = torch.rand(n, genes, generator=g) * 3
-    kept = torch.rand(n, genes, generator=g) < NONZERO / 0.7
-    x = torch.poisson(rate, generator=g) * kept
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        csr = x.to_sparse_csr()
-        csr = torch.sparse_csr_tensor(
-            csr.crow_indices().int(),
-            csr.col_indices().int(),
-            csr.values(),
-            size=x.shape,
-            check_invariants=True,
-        )
-    return {
+def case(shape: Shape, device: torch.device, seed: int = 0) -> Case:
+    """Heads and likelihood, from hidden units; dispersion by gene."""
+    random, h, genes = Random(device, seed), shape.hidden, shape.genes
+    x = random.counts(shape.cells, genes)
+    csr = csr_of(x)
+    p = {
         "x": x,
-        "csr": csr,
-        "hidden": normal(n, hidden).relu().requires_grad_(),
-        "library": normal(n, 1, scale=0.3) + 8,
-        "scale_weight": normal(genes, hidden, scale=0.05).requires_grad_(),
-        "scale_bias": normal(genes).requires_grad_(),
-        "dropout_weight": normal(genes, hidden, scale=0.05).requires_grad_(),
-        "dropout_bias": normal(genes).requires_grad_(),
-        "px_r": normal(genes).requires_grad_(),
+        "library": random.library(shape),
+        "hidden": random.latent(shape, h).relu_(),
+        "scale": random.normal(genes, h, scale=0.05),
+        "scale bias": random.normal(genes),
+        "dropout": random.normal(genes, h, scale=0.05),
+        "dropout bias": random.normal(genes),
+        "px_r": random.normal(genes),
     }
-
-
-def differentiated(p: Problem, likelihood: str) -> Problem:
-    """What gets a gradient."""
-    return {
-        name: tensor
+    leaves = {
+        name: tensor.requires_grad_(shape.training)
         for name, tensor in p.items()
-        if tensor.requires_grad and (likelihood == "zinb" or not name.startswith("dropout"))
+        if name not in ("x", "library")
+        and (shape.likelihood == "zinb" or not name.startswith("dropout"))
+        and (shape.likelihood != "poisson" or name != "px_r")
     }
 
+    def ours(counts: Tensor) -> tuple[Tensor, ...]:
+        nll = count_nll(
+            counts,
+            p["hidden"],
+            p["library"],
+            p["scale"],
+            p["scale bias"],
+            likelihood=shape.likelihood,
+            dropout_weight=p["dropout"],
+            dropout_bias=p["dropout bias"],
+            px_r=p["px_r"],
+        )
+        return (nll,)
 
-def heads(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``DecoderSCVI``'s heads, the dropout head among them whatever the likelihood: px_scale,
-    px_rate, theta, px_dropout.
-    """
-    linear = torch.nn.functional.linear
-    scale = torch.softmax(linear(p["hidden"], p["scale_weight"], p["scale_bias"]), -1)
-    dropout = linear(p["hidden"], p["dropout_weight"], p["dropout_bias"])
-    return scale, torch.exp(p["library"]) * scale, torch.exp(p["px_r"]), dropout
+    def truth() -> list[Tensor]:
+        by_cell = ("x", "library", "hidden")
+        wide = {name: tensor.detach().double() for name, tensor in p.items() if name != "x"}
+        losses: list[Tensor] = []
+        sums = {name: torch.zeros_like(wide[name]) for name in leaves}
+        for cells in blocks(shape):
+            block = {k: v[..., cells, :] if k in by_cell else v.clone() for k, v in wide.items()}
+            block["x"] = x[cells].double()
+            block = {k: v.requires_grad_() if k in leaves else v for k, v in block.items()}
+            with torch.set_grad_enabled(shape.training):
+                (nll,) = plain(stock.loss, shape, block)
+            losses.append(nll.detach())
+            if shape.training:
+                wanted = [block[name] for name in leaves]
+                for name, part in zip(leaves, torch.autograd.grad(nll.sum(), wanted), strict=True):
+                    into = sums[name][..., cells, :] if name == "hidden" else sums[name]
+                    into += part
+        return [torch.cat(losses, -1), *(sums.values() if shape.training else ())]
 
-
-def stock(p: Problem, likelihood: str) -> Tensor:
-    """What scvi-tools computes."""
-    from scvi.distributions import NegativeBinomial, ZeroInflatedNegativeBinomial
-
-    scale, rate, theta, dropout = heads(p)
-    if likelihood == "nb":
-        px = NegativeBinomial(mu=rate, theta=theta, scale=scale)
-    else:
-        px = ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
-    return -px.log_prob(p["x"]).sum(-1)
-
-
-def stock_graph(p: Problem, likelihood: str) -> Tensor:
-    """The same without its distributions' checks."""
-    from scvi.distributions._negative_binomial import log_nb_positive, log_zinb_positive
-
-    _, rate, theta, dropout = heads(p)
-    if likelihood == "nb":
-        return -log_nb_positive(p["x"], rate, theta).sum(-1)
-    return -log_zinb_positive(p["x"], rate, theta, dropout).sum(-1)
-
-
-def ours(p: Problem, likelihood: str, counts: str) -> Tensor:
-    """The fused operation on dense (``"x"``) or sparse (``"csr"``) counts."""
-    return count_nll(
-        p[counts],
-        p["hidden"],
-        p["library"],
-        p["scale_weight"],
-        p["scale_bias"],
-        likelihood=likelihood,
-        dropout_weight=p["dropout_weight"],
-        dropout_bias=p["dropout_bias"],
-        px_r=p["px_r"],
+    return Case(
+        leaves=leaves,
+        upstream=None,
+        eager=lambda: plain(stock.checked_loss, shape, p),
+        graph=lambda: plain(stock.loss, shape, p),
+        ours={"ours": lambda: ours(x), "ours, CSR": lambda: ours(csr)},
+        truth=truth,
+        training=shape.training,
     )
 
 
-def head_products(p: Problem, likelihood: str) -> Callable[[], None]:
+def head_products(problem: Case) -> Callable[[], None]:
     """Three bare products a head that is used."""
-    hidden = p["hidden"].detach()
-    weights = [p["scale_weight"].detach()]
-    if likelihood == "zinb":
-        weights.append(p["dropout_weight"].detach())
+    hidden, *weights = (
+        problem.leaves[name].detach()
+        for name in ("hidden", "scale", "dropout")
+        if name in problem.leaves
+    )
     logits = hidden.new_empty(hidden.shape[0], weights[0].shape[0])
     d_hidden = torch.empty_like(hidden)
     d_weight = torch.empty_like(weights[0])
@@ -149,85 +130,41 @@ def head_products(p: Problem, likelihood: str) -> Callable[[], None]:
     return run
 
 
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """Take float32 products in this precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def losses(p: Problem, likelihood: str) -> dict[str, Callable[[], Tensor]]:
+def alternatives(problem: Case) -> dict[str, Function]:
     """Functions that compute the losses, by alternative."""
     torch._dynamo.reset()  # each shape is compiled for itself: no dynamic shapes
-    compiled = torch.compile(stock_graph, fullgraph=True, dynamic=False)
-    functions: dict[str, Callable[[], Tensor]] = {
-        "stock eager": lambda: stock(p, likelihood),
-        "stock compiled": lambda: compiled(p, likelihood),
-        "ours, CSR": lambda: ours(p, likelihood, "csr"),
-        "ours, dense": lambda: ours(p, likelihood, "x"),
+    functions: dict[str, Function] = {
+        "stock eager": problem.eager,
+        "stock compiled": torch.compile(problem.graph, fullgraph=True, dynamic=False),
+        "ours, CSR": problem.ours["ours, CSR"],
+        "ours, dense": problem.ours["ours"],
     }
-    if choose("count_nll", device=p["x"].device).backend == "cpp":
+    if choose("count_nll", device=CPU).backend == "cpp":
         for name in ("stock eager", "ours, CSR", "ours, dense"):
             functions[f"{name}, bf16"] = functions[name]
     return functions
 
 
-def step(p: Problem, likelihood: str, name: str, loss: Callable[[], Tensor]) -> list[Tensor]:
-    """Losses and gradients, the gradients in the order of :func:`differentiated`."""
-    wanted = list(differentiated(p, likelihood).values())
-    with products("medium" if name.endswith("bf16") else "highest"):
-        nll = loss()
-        return [nll.detach(), *torch.autograd.grad(nll.mean(), wanted)]
+def step(problem: Case, name: str, function: Function) -> list[Tensor]:
+    """Losses and gradients."""
+    with products(precision(name)):
+        return problem.both(function)
 
 
-def truth(p: Problem, likelihood: str) -> list[Tensor]:
-    """What :func:`step` should return: stock in float64, by blocks of cells."""
-    n_cells = p["x"].shape[0]
-    wide = {k: v.detach().double() for k, v in p.items() if k != "csr"}
-    names = list(differentiated(p, likelihood))
-    parts: list[list[Tensor]] = []
-    for cells in torch.arange(n_cells).split(64):
-        block = {k: v[cells] if k in PER_CELL else v for k, v in wide.items()}
-        wanted = [block[name].requires_grad_() for name in names]
-        nll = stock_graph(block, likelihood)
-        parts.append([nll.detach(), *torch.autograd.grad(nll.sum() / n_cells, wanted)])
-    return [
-        torch.cat(part) if name in ("loss", *PER_CELL) else torch.stack(part).sum(0)
-        for name, part in zip(["loss", *names], zip(*parts, strict=True), strict=True)
-    ]
+def precision(name: str) -> str:
+    """In which products of an alternative are taken."""
+    return "bf16" if name.endswith("bf16") else "fp32"
 
 
-def errors(got: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    """Largest relative error of the losses; of the gradients, relative to the largest element."""
-
-    def largest(values: Tensor) -> float:
-        return values.max().item()  # not Python's max, which may pass over what is not a number
-
-    loss = largest((got[0] - expected[0]).abs() / expected[0].abs())
-    pairs = zip(got[1:], expected[1:], strict=True)
-    gradients = torch.stack([(g - e).abs().max() / e.abs().max() for g, e in pairs])
-    return {"loss": loss, "gradient": largest(gradients)}
-
-
-def is_right(name: str, error: dict[str, float]) -> bool:
-    """Whether errors are within the tolerance; one that is not a number is not."""
-    tolerance = TOLERANCE_BF16 if name.endswith("bf16") else TOLERANCE
-    return all(error[key] <= tolerance[key] for key in tolerance)
-
-
-def seconds(shape: Counts, threads: int, names: Iterable[str], repeats: int) -> dict[str, float]:
+def seconds(shape: Shape, threads: int, names: Iterable[str], repeats: int) -> dict[str, float]:
     """Median seconds of alternatives and of the bare head products, interleaved."""
     torch.set_num_threads(threads)
-    p, likelihood = problem(shape), shape.likelihood
-    functions = losses(p, likelihood)
+    problem = case(shape, CPU)
+    functions = alternatives(problem)
     runs: dict[str, Callable[[], object]] = {
-        name: lambda name=name: step(p, likelihood, name, functions[name]) for name in names
+        name: lambda name=name: step(problem, name, functions[name]) for name in names
     }
-    runs["head products"] = head_products(p, likelihood)
+    runs["head products"] = head_products(problem)
     return interleaved(runs, repeats=repeats)
 
 
@@ -240,58 +177,62 @@ def ratios(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
     }
 
 
-def peak(shape: Counts, threads: int, name: str) -> int | None:
+def peak(shape: Shape, threads: int, name: str) -> int | None:
     """Peak extra bytes of one alternative, in a process that has computed nothing of that size.
 
     Code is paged in before: by a small problem, or, as compiled code is for one shape, by this one.
     """
     torch.set_num_threads(threads)
 
-    def prepared(shape: Counts) -> Callable[[], object]:
-        p, likelihood = problem(shape), shape.likelihood
-        function = losses(p, likelihood)[name]
-        return lambda: step(p, likelihood, name, function)
+    def prepared(shape: Shape) -> Callable[[], object]:
+        problem = case(shape, CPU)
+        function = alternatives(problem)[name]
+        return lambda: step(problem, name, function)
 
     if name == "stock compiled":
         run = prepared(shape)
         run()
     else:
-        prepared(Counts(8, 256, shape.likelihood))()
+        prepared(replace(shape, cells=8, genes=256))()
         run = prepared(shape)
     return peak_extra_bytes(run)
 
 
-def cases(quick: bool) -> tuple[Counts, ...]:
+def cases(quick: bool) -> tuple[Shape, ...]:
     """The shapes; two small ones when in a hurry."""
     return COUNTS[:2] if quick else COUNTS
 
 
-def measure(shape: Counts, repeats: int) -> dict[str, object]:
+def measure(shape: Shape, repeats: int) -> dict[str, object]:
     """Check, then time, then measure memory."""
-    threads, likelihood = torch.get_num_threads(), shape.likelihood
-    p = problem(shape)
-    expected = truth(p, likelihood)
-    functions = losses(p, likelihood)
+    threads = torch.get_num_threads()
+    problem = case(shape, CPU)
+    truth = problem.truth()
+    functions = alternatives(problem)
     results = {
-        name: step(p, likelihood, name, function)
+        name: step(problem, name, function)
         for name, function in functions.items()
-        if not name.startswith("stock")
+        if name != "stock compiled"
     }
     # The setting allows bf16 products; where the kernel takes none, there is nothing to show.
-    plain, allowed = results["ours, CSR"], results.get("ours, CSR, bf16")
-    if allowed is None or all(map(torch.equal, plain, allowed)):
+    plainly, allowed = results["ours, CSR"], results.get("ours, CSR, bf16")
+    if allowed is None or all(map(torch.equal, plainly, allowed)):
         functions = {k: v for k, v in functions.items() if not k.endswith("bf16")}
-    found = {k: errors(v, expected) for k, v in results.items() if k in functions}
-    wrong = [name for name, error in found.items() if not is_right(name, error)]
+    found = {k: errors(v, truth, 1) for k, v in results.items() if k in functions}
+    wrong = [
+        name
+        for name, error in found.items()
+        if name.startswith("ours") and not is_right(error, found["stock eager"], precision(name))
+    ]
     right = [name for name in functions if name not in wrong]
-    gradients = sum(tensor.nbytes for tensor in differentiated(p, likelihood).values())
-    del p, expected, functions, results, plain, allowed
+    gradients = sum(tensor.nbytes for tensor in problem.leaves.values())
+    del problem, truth, functions, results, plainly, allowed
 
     timed = seconds(shape, threads, right, repeats)
     row: dict[str, object] = {
         "what": "heads + likelihood, forward + backward",
-        "shape": str(shape),
-        "backend": choose("count_nll", device=torch.device("cpu")).backend,
+        "shape": shape.name,
+        "backend": choose("count_nll", device=CPU).backend,
         "errors": found,
         "wrong": wrong,
         **timed,

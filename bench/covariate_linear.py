@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
-import scvi.nn
 import torch
+from torch import Tensor
 
 from decoder_fast import FCLayers
 
-from .shapes import SHAPES, Shape
-from .timing import interleaved
+from . import stock
+from .case import Case, Random, in_float64, layer_options
+from .shapes import Shape
 
 
-def cases(quick: bool) -> list[Shape]:
-    """The models; the small ones when in a hurry."""
-    names = ("tutorial", "hlca") if quick else ("tutorial", "hlca", "nsclc", "census")
-    return [SHAPES[name] for name in names]
+def case(shape: Shape, device: torch.device, seed: int = 0) -> Case:
+    """All hidden layers of one decoder."""
+    torch.manual_seed(seed)
+    layers = FCLayers(shape.latent, shape.hidden, dropout_rate=0.0, **layer_options(shape))
+    layers.to(device).train(shape.training)
+    random = Random(device, seed)
+    z = random.latent(shape, shape.latent).requires_grad_(shape.training)
+    batch = random.labels(shape.cells, shape.batches)
+    upstream = (random.latent(shape, shape.hidden),)
 
+    def truth() -> list[Tensor]:
+        copied, z64 = in_float64(layers), z.detach().double().requires_grad_()
+        out = stock.hidden_layers(copied, z64, batch)
+        gradients: tuple[Tensor, ...] = ()
+        if shape.training:
+            gradients = torch.autograd.grad(out, [z64, *copied.parameters()], upstream[0].double())
+        return [out.detach(), *gradients]
 
-def measure(shape: Shape, repeats: int) -> dict[str, object]:
-    """Time forward and backward; correctness first."""
-    options = {
-        "n_in": shape.latent,
-        "n_out": shape.hidden,
-        "n_cat_list": [shape.batches],
-        "n_layers": shape.layers,
-        "n_hidden": shape.hidden,
-        "dropout_rate": 0.0,
-        "use_batch_norm": shape.norm == "batch",
-        "use_layer_norm": shape.norm == "layer",
-    }
-    torch.manual_seed(0)
-    stock = scvi.nn.FCLayers(**options)
-    ours = FCLayers(**options)
-    ours.load_state_dict(stock.state_dict())
-    torch._dynamo.reset()
-    compiled = torch.compile(stock)
-    z = torch.randn(shape.cells, shape.latent)
-    batch = torch.randint(0, shape.batches, (shape.cells, 1))
-    error = (stock(z, batch) - ours(z, batch)).abs().max().item()
-    if not error <= 1e-4:
-        raise AssertionError(f"{shape.name}: hidden units are off by {error:.1e}")
+    def plain() -> tuple[Tensor, ...]:
+        return (stock.hidden_layers(layers, z, batch),)
 
-    def step(module: torch.nn.Module) -> None:
-        module.zero_grad()
-        module(z, batch).sum().backward()
-
-    seconds = interleaved(
-        {
-            "stock eager": lambda: step(stock),
-            "stock compiled": lambda: step(compiled),
-            "ours": lambda: step(ours),
-        },
-        repeats=repeats,
+    return Case(
+        leaves={"z": z, **dict(layers.named_parameters())},
+        upstream=upstream,
+        eager=plain,
+        graph=plain,
+        ours={"ours": lambda: (layers(z, batch),)},
+        truth=truth,
+        training=shape.training,
     )
-    return {
-        "shape": f"{shape.name} ({shape.cells} x {shape.batches} batches, {shape.layers} layers)",
-        "what": "hidden layers, forward + backward",
-        **seconds,
-    }

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .shapes import Counts
+from .shapes import Shape
 
 HEADS = {"nb": 1, "zinb": 2}
 EXPONENTIALS = {"nb": 1, "zinb": 3}
@@ -86,12 +86,12 @@ def rates(threads: int) -> Rates:
     return Rates(flops, exp_seconds, log_seconds, bandwidth)
 
 
-def product_flops(shape: Counts) -> int:
+def product_flops(shape: Shape) -> int:
     """Floating-point operations of the products that are needed."""
     return HEADS[shape.likelihood] * 3 * 2 * shape.cells * shape.genes * shape.hidden
 
 
-def floor(shape: Counts) -> dict[str, float]:
+def floor(shape: Shape) -> dict[str, float]:
     """Seconds of each part of the floor of one shape; products also at the rate of torch.mm."""
     machine = rates(torch.get_num_threads())
     elements = shape.cells * shape.genes

@@ -16,7 +16,6 @@ launches. Without a GPU the exit status is 2; ``--device cpu --quick`` rehearses
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import importlib
 import importlib.util
@@ -28,22 +27,32 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from decoder_fast import DecoderSCVI, FCLayers
+from decoder_fast import DecoderSCVI
 from decoder_fast.backends import choose
-from decoder_fast.functional import count_nll, softmax_library
 
-from . import costs, report, stock
+from . import costs, count_nll, covariate_linear, report, softmax_library, stock
+from .case import (
+    PRECISIONS,
+    Case,
+    Random,
+    blocks,
+    csr_of,
+    errors,
+    in_float64,
+    is_right,
+    layer_options,
+    products,
+)
+from .model import Models, quiet
 from .shapes import SHAPES, Shape
 from .timing import environment
 
@@ -51,22 +60,10 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 #: Seconds after which nothing new is begun, and the share of them that the tests may take.
 BUDGET, TESTS_SHARE = 540.0, 0.3
-#: torch's settings, by the names of the results.
-PRECISIONS = {"fp32": "highest", "tf32": "high", "bf16": "medium"}
-#: How far from float64 a result may be (norm of the error by norm of the truth), whatever stock's.
-TOLERANCE = {
-    "fp32": {"value": 1e-6, "gradient": 1e-5},
-    "tf32": {"value": 1e-4, "gradient": 1e-3},
-    "bf16": {"value": 1e-3, "gradient": 1e-2},
-}
 #: Below this a call is timed as a CUDA graph too: launching may take a large part of it.
 GRAPH_BELOW = 1e-3
 #: Seconds after which a timing stops, and its calls at least and at most.
 SECONDS_A_TIMING, CALLS = 0.12, (5, 60)
-NONZERO = 0.05
-#: Rows x genes above which a truth is computed by blocks of cells, and how large those are.
-BLOCK = 1 << 24
-
 Run = Callable[[], object]
 Row = dict[str, Any]
 
@@ -157,17 +154,6 @@ def machine(device: str) -> Machine:
     )
 
 
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """Take float32 products in ``"fp32"``, ``"tf32"`` or ``"bf16"``."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRECISIONS[precision])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def seconds(machine: Machine, runs: list[Run]) -> float:
     """Median seconds of a call; the runs are the same on other inputs, and take turns."""
     for run in runs:
@@ -229,254 +215,22 @@ def peaks(machine: Machine, quick: bool) -> dict[str, float]:
     return found
 
 
-# The problems
-# ------------
+# The decoder
+# -----------
 
 
-@dataclass
-class Case:
-    """One set of inputs of an operation, and the ways to compute it."""
-
-    leaves: dict[str, Tensor]  # what is differentiated
-    upstream: tuple[Tensor, ...] | None  # gradients of the outputs; of ones if None
-    eager: Callable[[], tuple[Tensor, ...]]
-    graph: Callable[[], tuple[Tensor, ...]]  # stock without what cannot be compiled
-    ours: dict[str, Callable[[], tuple[Tensor, ...]]]
-    truth: Callable[[], list[Tensor]]  # outputs and gradients, in the order of the leaves
-    training: bool
-
-    def forward(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        with torch.set_grad_enabled(self.training):
-            return function()
-
-    def backward(self, outputs: tuple[Tensor, ...], *, keep: bool = False) -> list[Tensor]:
-        wanted = list(self.leaves.values())
-        upstream = self.upstream
-        if upstream is None:
-            upstream = tuple(torch.ones_like(out) for out in outputs)
-        return list(torch.autograd.grad(outputs, wanted, upstream, retain_graph=keep))
-
-    def both(self, function: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
-        outputs = self.forward(function)
-        gradients = self.backward(outputs) if self.training else []
-        return [*(out.detach() for out in outputs), *gradients]
-
-
-class Random:
-    """Random tensors on a device, from one seed."""
-
-    def __init__(self, device: torch.device, seed: int) -> None:
-        self.device = device
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(self, *size: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(size, device=self.device, generator=self.generator).mul_(scale)
-
-    def labels(self, n: int, n_cats: int) -> Tensor:
-        return torch.randint(n_cats, (n, 1), device=self.device, generator=self.generator)
-
-    def counts(self, n: int, genes: int) -> Tensor:
-        """Counts of 1, 2, ... (geometric), of which 5 % are not zero."""
-        x = torch.rand(n, genes, device=self.device, generator=self.generator)
-        return x.div_(NONZERO).log_().div_(-0.9).ceil_().clamp_(0, 1e4)
-
-    def latent(self, shape: Shape, width: int) -> Tensor:
-        return self.normal(*((shape.samples,) if shape.samples > 1 else ()), shape.cells, width)
-
-    def library(self, shape: Shape) -> Tensor:
-        return self.normal(shape.cells, 1, scale=0.3) + 8
-
-
-def _csr(x: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that CSR tensors are in beta
-        csr = x.to_sparse_csr()
-        return torch.sparse_csr_tensor(
-            csr.crow_indices().int(), csr.col_indices().int(), csr.values(), size=x.shape
-        )
-
-
-def _layer_options(shape: Shape) -> dict[str, Any]:
-    return {
-        "n_cat_list": [shape.batches],
-        "n_layers": shape.layers,
-        "n_hidden": shape.hidden,
-        "inject_covariates": shape.inject_covariates,
-        "use_batch_norm": shape.norm == "batch",
-        "use_layer_norm": shape.norm == "layer",
-        "activation_fn": nn.ReLU if shape.activation == "relu" else nn.LeakyReLU,
-    }
-
-
-def _wide(module: Any) -> Any:
-    """A copy in float64."""
-    return copy.deepcopy(module).double()
-
-
-def hidden_layers(shape: Shape, machine: Machine, seed: int) -> Case:
-    """``covariate_linear``: all hidden layers of the decoder."""
-    torch.manual_seed(seed)
-    layers = FCLayers(shape.latent, shape.hidden, dropout_rate=0.0, **_layer_options(shape))
-    layers.to(machine.device).train(shape.training)
-    random = Random(machine.device, seed)
-    z = random.latent(shape, shape.latent).requires_grad_(shape.training)
-    batch = random.labels(shape.cells, shape.batches)
-    upstream = (random.latent(shape, shape.hidden),)
-
-    def truth() -> list[Tensor]:
-        wide, z64 = _wide(layers), z.detach().double().requires_grad_()
-        out = stock.hidden_layers(wide, z64, batch)
-        gradients: tuple[Tensor, ...] = ()
-        if shape.training:
-            gradients = torch.autograd.grad(out, [z64, *wide.parameters()], upstream[0].double())
-        return [out.detach(), *gradients]
-
-    def plain() -> tuple[Tensor, ...]:
-        return (stock.hidden_layers(layers, z, batch),)
-
-    return Case(
-        leaves={"z": z, **dict(layers.named_parameters())},
-        upstream=upstream,
-        eager=plain,
-        graph=plain,
-        ours={"ours": lambda: (layers(z, batch),)},
-        truth=truth,
-        training=shape.training,
-    )
-
-
-def scale_and_rate(shape: Shape, machine: Machine, seed: int) -> Case:
-    """``softmax_library``: logits and library to px_scale and px_rate."""
-    random = Random(machine.device, seed)
-    logits = random.latent(shape, shape.genes).requires_grad_()
-    library = random.library(shape)
-    upstream = (random.latent(shape, shape.genes), random.latent(shape, shape.genes))
-
-    def plain(logits: Tensor = logits, library: Tensor = library) -> tuple[Tensor, Tensor]:
-        scale = torch.softmax(logits, -1)
-        return scale, torch.exp(library) * scale
-
-    def truth() -> list[Tensor]:
-        parts: list[list[Tensor]] = []
-        for cells in _blocks(shape):
-            a = logits.detach()[..., cells, :].double().requires_grad_()
-            outputs = plain(a, library[cells].double())
-            gradients = ()
-            if shape.training:
-                up = [u[..., cells, :].double() for u in upstream]
-                gradients = torch.autograd.grad(outputs, [a], up)
-            # in float32, whose rounding is far below any tolerance here: float64 would not fit
-            parts.append([t.detach().float() for t in (*outputs, *gradients)])
-        return [torch.cat(part, -2) for part in zip(*parts, strict=True)]
-
-    return Case(
-        leaves={"logits": logits},
-        upstream=upstream,
-        eager=plain,
-        graph=plain,
-        ours={"ours": lambda: softmax_library(logits, library)},
-        truth=truth,
-        training=shape.training,
-    )
-
-
-def _blocks(shape: Shape) -> Iterator[slice]:
-    step = max(1, min(shape.cells, BLOCK // (shape.samples * shape.genes)))
-    for start in range(0, shape.cells, step):
-        yield slice(start, min(start + step, shape.cells))
-
-
-def _plain_loss(
-    take: Callable[..., Tensor],
-    shape: Shape,
-    p: dict[str, Tensor],
-) -> tuple[Tensor, ...]:
-    """Stock's heads (the dropout head among them whatever the likelihood) and likelihood."""
-    scale = torch.softmax(nn.functional.linear(p["hidden"], p["scale"], p["scale bias"]), -1)
-    rate = torch.exp(p["library"]) * scale
-    dropout = nn.functional.linear(p["hidden"], p["dropout"], p["dropout bias"])
-    return (take(shape.likelihood, p["x"], rate, torch.exp(p["px_r"]), dropout),)
-
-
-def likelihood(shape: Shape, machine: Machine, seed: int) -> Case:
-    """``count_nll``: heads and likelihood, from hidden units; dispersion by gene."""
-    random, h, genes = Random(machine.device, seed), shape.hidden, shape.genes
-    x = random.counts(shape.cells, genes)
-    csr = _csr(x)
-    p = {
-        "x": x,
-        "library": random.library(shape),
-        "hidden": random.latent(shape, h).relu_(),
-        "scale": random.normal(genes, h, scale=0.05),
-        "scale bias": random.normal(genes),
-        "dropout": random.normal(genes, h, scale=0.05),
-        "dropout bias": random.normal(genes),
-        "px_r": random.normal(genes),
-    }
-    leaves = {
-        name: tensor.requires_grad_(shape.training)
-        for name, tensor in p.items()
-        if name not in ("x", "library")
-        and (shape.likelihood == "zinb" or not name.startswith("dropout"))
-        and (shape.likelihood != "poisson" or name != "px_r")
-    }
-
-    def ours(counts: Tensor) -> tuple[Tensor, ...]:
-        nll = count_nll(
-            counts,
-            p["hidden"],
-            p["library"],
-            p["scale"],
-            p["scale bias"],
-            likelihood=shape.likelihood,
-            dropout_weight=p["dropout"],
-            dropout_bias=p["dropout bias"],
-            px_r=p["px_r"],
-        )
-        return (nll,)
-
-    def truth() -> list[Tensor]:
-        by_cell = ("x", "library", "hidden")
-        wide = {name: tensor.detach().double() for name, tensor in p.items() if name != "x"}
-        losses: list[Tensor] = []
-        sums = {name: torch.zeros_like(wide[name]) for name in leaves}
-        for cells in _blocks(shape):
-            block = {k: v[..., cells, :] if k in by_cell else v.clone() for k, v in wide.items()}
-            block["x"] = x[cells].double()
-            block = {k: v.requires_grad_() if k in leaves else v for k, v in block.items()}
-            with torch.set_grad_enabled(shape.training):
-                (nll,) = _plain_loss(stock.loss, shape, block)
-            losses.append(nll.detach())
-            if shape.training:
-                wanted = [block[name] for name in leaves]
-                for name, part in zip(leaves, torch.autograd.grad(nll.sum(), wanted), strict=True):
-                    into = sums[name][..., cells, :] if name == "hidden" else sums[name]
-                    into += part
-        return [torch.cat(losses, -1), *(sums.values() if shape.training else ())]
-
-    return Case(
-        leaves=leaves,
-        upstream=None,
-        eager=lambda: _plain_loss(stock.checked_loss, shape, p),
-        graph=lambda: _plain_loss(stock.loss, shape, p),
-        ours={"ours": lambda: ours(x), "ours, CSR": lambda: ours(csr)},
-        truth=truth,
-        training=shape.training,
-    )
-
-
-def decoder(shape: Shape, machine: Machine, seed: int) -> Case:
+def decoder(shape: Shape, device: torch.device, seed: int) -> Case:
     """The decoder and its likelihood, from latent space to losses."""
 
     torch.manual_seed(seed)
-    module = DecoderSCVI(shape.latent, shape.genes, **_layer_options(shape))
-    module.to(machine.device).train(shape.training)
-    random = Random(machine.device, seed)
+    module = DecoderSCVI(shape.latent, shape.genes, **layer_options(shape))
+    module.to(device).train(shape.training)
+    random = Random(device, seed)
     z = random.latent(shape, shape.latent).requires_grad_(shape.training)
     batch, library = random.labels(shape.cells, shape.batches), random.library(shape)
     px_r = random.normal(shape.genes).requires_grad_(shape.training)
     x = random.counts(shape.cells, shape.genes)
-    csr = _csr(x)
+    csr = csr_of(x)
     unused = {"px_r_decoder"} | ({"px_dropout_decoder"} if shape.likelihood != "zinb" else set())
     leaves = {"z": z} | {
         name: parameter
@@ -504,10 +258,10 @@ def decoder(shape: Shape, machine: Machine, seed: int) -> Case:
 
     def truth() -> list[Tensor]:
         """The losses alone: gradients are checked of the operations one by one."""
-        wide, losses = _wide(module), []
+        wide, losses = in_float64(module), []
         with torch.no_grad():
             hidden = stock.hidden_layers(wide.px_decoder, z.double(), batch)
-            for cells in _blocks(shape):
+            for cells in blocks(shape):
                 h, size = hidden[..., cells, :], library[cells].double()
                 rate = torch.exp(size) * wide.px_scale_decoder(h)
                 dropout, theta = wide.px_dropout_decoder(h), torch.exp(px_r.double())
@@ -527,42 +281,16 @@ def decoder(shape: Shape, machine: Machine, seed: int) -> Case:
 
 
 #: What is measured at each shape, and the operations that it consists of.
-PARTS: dict[str, tuple[Callable[[Shape, Machine, int], Case], tuple[str, ...]]] = {
-    "count_nll": (likelihood, ("count_nll",)),
+PARTS: dict[str, tuple[Callable[[Shape, torch.device, int], Case], tuple[str, ...]]] = {
+    "count_nll": (count_nll.case, ("count_nll",)),
     "decoder and likelihood": (decoder, ("covariate_linear", "count_nll")),
-    "covariate_linear": (hidden_layers, ("covariate_linear",)),
-    "softmax_library": (scale_and_rate, ("softmax_library",)),
+    "covariate_linear": (covariate_linear.case, ("covariate_linear",)),
+    "softmax_library": (softmax_library.case, ("softmax_library",)),
 }
 
 
 # Measuring
 # ---------
-
-
-def errors(got: list[Tensor], truth: list[Tensor], n_outputs: int) -> dict[str, float]:
-    """Largest error of an output, and of a gradient; as many as the truth has.
-
-    Norm of the error by norm of the truth, but by no less than a thousandth of the largest norm of
-    its kind: a bias before batch norm has no gradient but rounding.
-    """
-    found: dict[str, float] = {}
-    kinds = {"value": slice(0, n_outputs), "gradient": slice(n_outputs, len(truth))}
-    for kind, which in kinds.items():
-        norms = [torch.linalg.vector_norm(t.double()).item() for t in truth[which]]
-        for g, t, norm in zip(got[which], truth[which], norms, strict=True):
-            off = torch.linalg.vector_norm(g.double() - t).item()
-            error = off / (max(norm, 1e-3 * max(norms)) or 1.0)
-            # NaN, which max may pass over, is the worst of all
-            found[kind] = max(found.get(kind, 0.0), error, key=lambda e: (e != e, e))
-    return found
-
-
-def is_right(error: dict[str, float], stock_error: dict[str, float], precision: str) -> bool:
-    """Whether errors are within the tolerance, or within three times stock's; NaN never is."""
-    return all(
-        found <= max(TOLERANCE[precision][kind], 3 * stock_error[kind])
-        for kind, found in error.items()
-    )
 
 
 def _time(
@@ -588,10 +316,10 @@ def _time(
 def measure(part: str, shape: Shape, machine: Machine) -> Row:
     """Check, then time, one part at one shape."""
     make, operations = PARTS[part]
-    cases = [make(shape, machine, 0)]
+    cases = [make(shape, machine.device, 0)]
     inputs = sum(t.nbytes for t in cases[0].leaves.values()) + shape.cells * shape.genes * 4
     copies = min(4, 1 + 3 * machine.cache_bytes // inputs)
-    cases += [make(shape, machine, seed) for seed in range(1, copies)]
+    cases += [make(shape, machine.device, seed) for seed in range(1, copies)]
     case = cases[0]
     truth = case.truth()
     n_outputs = len(case.forward(case.eager))
@@ -613,7 +341,7 @@ def measure(part: str, shape: Shape, machine: Machine) -> Row:
                 alternative = f"{name}, {precision}"
                 error = errors(case.both(function), truth, n_outputs)
                 row["errors"][alternative] = error
-                if is_right(error, stock_error, precision):
+                if is_right(error, stock_error, precision, slack=3):
                     times[alternative] = _time(machine, cases, lambda c, n=name: c.ours[n])
                 else:
                     row["wrong"].append(alternative)
@@ -636,7 +364,7 @@ def training_step(shape: Shape, machine: Machine) -> Row:
     times: dict[str, Any] = {}
     with products("tf32"):
         for name in ("stock eager", "ours", "ours, CSR"):
-            case = decoder(shape, machine, 0)
+            case = decoder(shape, machine.device, 0)
             parameters = [t for k, t in case.leaves.items() if k != "z"]
             adam = torch.optim.Adam(parameters, capturable=machine.device.type == "cuda")
             function = case.graph if name == "stock eager" else case.ours[name]
@@ -656,44 +384,19 @@ def training_step(shape: Shape, machine: Machine) -> Row:
 
 def epoch(machine: Machine, quick: bool) -> Row:
     """One epoch of ``SCVI.train``, stock and fused, data loading included."""
-    import scvi
-
-    from decoder_fast import fuse
-    from decoder_fast.datasets import simulate_atlas
-
-    cells, genes, size = (256, 100, 128) if quick else (20_000, 2_000, 128)
-    adata = simulate_atlas(n_cells=cells, n_genes=genes, n_batches=4, seed=0)
-    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-    scvi.settings.seed = 0
+    shape = _quick(SHAPES["tutorial"]) if quick else SHAPES["tutorial"]
+    cells = 256 if quick else 20_000
+    models = Models(shape, cells, machine.device)
     times = {}
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        os.chdir(folder)  # Lightning leaves its logs in the current folder
-        try:
-            for name in ("stock eager", "ours"):
-                model = scvi.model.SCVI(adata)
-                model = fuse(model) if name == "ours" else model
-
-                def train(model: Any = model) -> None:
-                    model.train(
-                        max_epochs=1,
-                        batch_size=size,
-                        train_size=1.0,
-                        accelerator="gpu" if machine.device.type == "cuda" else "cpu",
-                        enable_progress_bar=False,
-                        logger=False,
-                    )
-
-                train()
-                machine.synchronize()
-                began = time.perf_counter()
-                train()
-                machine.synchronize()
-                times[f"{name}, fp32"] = {"both": time.perf_counter() - began}
-        finally:
-            os.chdir(here)
-    where = f"{cells:,} cells x {genes:,} genes, mini-batches of {size}"
+    for name in ("stock eager", "ours"):
+        with quiet():
+            models.train(name)
+            machine.synchronize()
+            began = time.perf_counter()
+            models.train(name)
+            machine.synchronize()
+        times[f"{name}, fp32"] = {"both": time.perf_counter() - began}
+    where = f"{cells:,} cells x {shape.genes:,} genes, mini-batches of {shape.cells}"
     return {"part": "SCVI.train, an epoch", "shape": where, "times": times, "wrong": []}
 
 

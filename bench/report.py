@@ -64,7 +64,7 @@ def losses(rows: list[Row]) -> str:
             if name in row and other in row and row[name] > row[other]
         ]
         lines += [
-            f"{where}{name} is wrong and was not timed; largest relative errors: "
+            f"{where}{name} is wrong and was not timed; relative errors: "
             + ", ".join(f"{error:.1e} ({of})" for of, error in row["errors"][name].items())
             for name in row.get("wrong", ())
         ]
@@ -155,7 +155,7 @@ def _bf16(rows: list[Row]) -> str:
     columns = _times(stock, *BF16)
     for name in BF16:
         columns |= _ratios(name, *STOCK, stock)
-    columns |= {f"error of a {of}": error(of) for of in ("loss", "gradient")}
+    columns |= {f"error of a {of}": error(of) for of in ("value", "gradient")}
     return _table(rows, KEYS | columns)
 
 
@@ -175,7 +175,10 @@ def _allocator(rows: list[Row]) -> str:
 def count_nll(rows: list[Row]) -> str:
     """Everything that is measured of the count likelihood."""
     found = [
-        error for row in rows for name, error in row["errors"].items() if not name.endswith("bf16")
+        error
+        for row in rows
+        for name, error in row["errors"].items()
+        if name.startswith("ours") and not name.endswith("bf16")
     ]
     columns = KEYS | _times(*COUNT_NLL)
     for name in OURS[1:]:
@@ -184,8 +187,9 @@ def count_nll(rows: list[Row]) -> str:
         f"`count_nll`, backend {', '.join(sorted({row['backend'] for row in rows}))}: heads and "
         "likelihood, forward and backward, float32, 5 % non-zeros, 128 hidden units, dispersion by "
         "gene, softmax. Largest errors against float64: "
-        f"{max(error['loss'] for error in found):.1e} of a loss, "
-        f"{max(error['gradient'] for error in found):.1e} of a gradient (by its largest element).",
+        f"{max(error['value'] for error in found):.1e} of the losses, "
+        f"{max(error['gradient'] for error in found):.1e} of a gradient (norm of the "
+        "error by norm of the truth).",
         _table(rows, columns),
         "Share of a floor: a model (`bench/floor.py` says of what), and the rates that it takes, "
         "as measured here:",

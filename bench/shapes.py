@@ -40,19 +40,6 @@ class Shape:
         ]
 
 
-@dataclass(frozen=True)
-class Counts:
-    """One mini-batch under the likelihood: cells, genes, hidden units below the heads."""
-
-    cells: int
-    genes: int
-    likelihood: str
-    hidden: int = 128
-
-    def __str__(self) -> str:
-        return f"{self.cells:,} x {self.genes:,} {self.likelihood}"
-
-
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -88,12 +75,17 @@ SHAPES = {
 }
 
 #: Mini-batches of scvi-tools' default size and of those models', with few genes and with many.
-COUNTS = (
-    Counts(128, 2_000, "zinb"),
-    Counts(128, 2_000, "nb"),
-    Counts(128, 20_000, "zinb"),
-    Counts(1_024, 8_000, "zinb"),
-    Counts(1_024, 8_000, "nb"),
-    Counts(512, 20_000, "zinb"),
-    Counts(512, 20_000, "nb"),
+COUNTS = tuple(
+    Shape(
+        f"{cells:,} x {genes:,} {likelihood}", cells, genes, 1, 128, 1, 10, likelihood, "batch"
+    )
+    for cells, genes, likelihood in (
+        (128, 2_000, "zinb"),
+        (128, 2_000, "nb"),
+        (128, 20_000, "zinb"),
+        (1_024, 8_000, "zinb"),
+        (1_024, 8_000, "nb"),
+        (512, 20_000, "zinb"),
+        (512, 20_000, "nb"),
+    )
 )

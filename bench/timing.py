@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import random
@@ -24,12 +25,17 @@ REPEATS = 7
 
 
 def interleaved(
-    alternatives: dict[str, Callable[[], object]], *, repeats: int = REPEATS, at_least: float = 2.0
+    alternatives: dict[str, Callable[[], object]],
+    *,
+    repeats: int = REPEATS,
+    at_least: float = 2.0,
+    at_most: float = float("inf"),
 ) -> dict[str, float]:
     """Median seconds of each alternative: one warm-up, then turn by turn.
 
-    There are at least ``repeats`` turns, and turns for at least ``at_least`` seconds. In each turn
-    the order is another: what runs after a hungry neighbour finds colder caches.
+    There are at least ``repeats`` turns, and turns for at least ``at_least`` seconds; but after
+    ``at_most`` seconds three turns are enough. In each turn the order is another: what runs after a
+    hungry neighbour finds colder caches.
     """
     hidden = parent_process() is not None  # the parent has a bar of its own
     for name, run in (bar := tqdm(alternatives.items(), leave=False, disable=hidden)):
@@ -45,6 +51,8 @@ def interleaved(
                 alternatives[name]()
                 seconds[name].append(time.perf_counter() - start)
             bar.update()
+            if len(seconds[names[0]]) >= 3 and time.perf_counter() - began > at_most:
+                break
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -68,13 +76,13 @@ def environment() -> dict[str, str | int | float]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     missing = native.reason()
-    root = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root
-        ).stdout.strip()
-    except OSError:
-        commit = ""  # there is no git
+    root = Path(__file__).parent.parent
+    commit = ""
+    if (root / ".git").exists():  # not some repository that this was installed into
+        with contextlib.suppress(OSError):  # there is no git
+            commit = subprocess.run(
+                ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=root
+            ).stdout.strip()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "processor": processor(),

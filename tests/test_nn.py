@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import decoder_fast
 from decoder_fast import DecoderSCVI, FCLayers
 from decoder_fast import nn as fast_nn
 
