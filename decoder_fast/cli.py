@@ -85,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--batch-key", metavar="KEY", help="column of obs with the batch")
     data.add_argument("--labels-key", metavar="KEY", help="column of obs with labels")
     data.add_argument("--layer", metavar="NAME", help="layer with the raw counts (default: X)")
+    data.add_argument(
+        "--backed",
+        action="store_true",
+        help="leave the counts on disk: for files larger than memory (X must be CSR)",
+    )
     for kind in ("categorical", "continuous"):
         data.add_argument(
             f"--{kind}-covariate",
@@ -220,6 +225,8 @@ def _train(arguments: argparse.Namespace) -> int:
         raise InputError(f"--demo finds its own counts: leave out {path}, or --demo")
     if not demo and path is None:
         raise InputError("no counts: give an h5ad file first (train counts.h5ad ...), or --demo")
+    if arguments.backed and (demo or arguments.layer):
+        raise InputError("--backed is for the X of a file of your own: not with --demo or --layer")
     if arguments.demo_dataset and not demo:
         raise InputError("--demo-dataset needs --demo")
     if out is None:
@@ -247,6 +254,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 layer=settings.layer,
                 keys=settings.keys,
                 likelihood=settings.likelihood,
+                backed=arguments.backed,
                 say=_note,
             )
         _say(f"checking  {adata.n_obs:,} cells x {adata.n_vars:,} genes")

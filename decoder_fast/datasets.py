@@ -145,8 +145,23 @@ def _matrix_blocks(matrix: Any) -> Iterator[np.ndarray]:
     return (values[i : i + _BLOCK] for i in range(0, values.shape[0], _BLOCK))
 
 
+def _blocks_on_disk(matrix: Any, sums: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Go through all values of a CSR matrix on disk, once, adding its rows' ``sums`` on the way."""
+    from tqdm import tqdm
+
+    n_cells = matrix.shape[0]
+    rows = max(1, _BLOCK * n_cells // max(1, matrix.group["data"].shape[0]))
+    with tqdm(total=n_cells, desc="checking", unit=" cells", delay=2) as bar:
+        for start in range(0, n_cells, rows):
+            block = matrix[start : start + rows]
+            sums.append(block.sum(axis=1, dtype=np.float64))
+            yield block.data
+            bar.update(min(rows, n_cells - start))
+
+
 def _sampled_blocks(matrix: Any) -> Iterator[np.ndarray]:
     """Read blocks spread evenly over a matrix, sparse or dense, in memory or in an HDF5 file."""
+    matrix = getattr(matrix, "group", matrix)  # of one that anndata left on disk
     if hasattr(matrix, "indptr"):
         values = matrix.data
     else:
@@ -195,6 +210,7 @@ def read_counts(
     layer: str | None = None,
     keys: ObsKeys | None = None,
     likelihood: str = "zinb",
+    backed: bool = False,
     say: Say = print,
 ) -> AnnData:
     """Read the counts of an h5ad file, after a look whether it can be what is wanted.
@@ -213,6 +229,8 @@ def read_counts(
         Columns of ``obs`` that must be there.
     likelihood
         ``"normal"`` accepts fractional values, all others do not.
+    backed
+        Leave the counts, which must be ``X`` in CSR, in the file: for more than memory can hold.
     say
         Called with each message for the user.
 
@@ -248,18 +266,31 @@ def read_counts(
                     "files of Cell Ranger) and write it with adata.write_h5ad()"
                 )
             if "encoding-type" not in file["obs"].attrs:  # written by anndata before 0.7
+                if backed:
+                    raise InputError(
+                        f"{path} was written by anndata before 0.7: to leave it on disk, read it "
+                        "and write it again with adata.write_h5ad()"
+                    )
                 adata = anndata.read_h5ad(path)
                 keys.check(adata.obs, say)
                 return adata
-            return _read_parts(file, layer, keys, likelihood, say)
+            adata = _read_parts(file, layer, keys, likelihood, backed, say)
+        if backed:
+            return anndata.AnnData(obs=adata.obs, var=adata.var, filename=path, filemode="r")
+        return adata
     except InputError:
         raise
     except (OSError, KeyError, RuntimeError) as error:  # cut short or corrupt
         raise InputError(f"{path} cannot be read as an h5ad file: {error}") from error
 
 
-def _read_parts(file: Any, layer: str | None, keys: ObsKeys, likelihood: str, say: Say) -> AnnData:
-    """Read obs, var and one matrix of an open h5ad file, the matrix last and after a look at it."""
+def _read_parts(
+    file: Any, layer: str | None, keys: ObsKeys, likelihood: str, backed: bool, say: Say
+) -> AnnData:
+    """Read obs, var and one matrix of an open h5ad file, the matrix last and after a look at it.
+
+    If it shall stay ``backed``, only the look is taken.
+    """
     import anndata
 
     read = anndata.io.read_elem
@@ -280,6 +311,15 @@ def _read_parts(file: Any, layer: str | None, keys: ObsKeys, likelihood: str, sa
     if problem := survey.problem(likelihood == "normal"):
         problem = f"in a sample of {survey.seen:,} non-zero values, {problem}"
         raise _not_counts(where, problem, _counts_elsewhere(matrices, where) or elsewhere)
+    if backed:
+        encoding = str(node.attrs.get("encoding-type", "unknown"))
+        if layer is not None or encoding != "csr_matrix":
+            raise InputError(
+                f"{where} cannot stay on disk: anndata reads only X from there, and cells are "
+                f"quick to pick out in CSR alone, but it is {encoding}. Write the counts to a new "
+                "file as X, a scipy.sparse.csr_matrix, or have them read to memory"
+            )
+        return anndata.AnnData(obs=obs, var=var)
     matrix = read(node)
     if layer is None:
         return anndata.AnnData(matrix, obs=obs, var=var)
@@ -315,11 +355,14 @@ def check_counts(
     ------
     InputError
         If the matrix is missing, if there are too few cells or genes, or if values are NaN,
-        infinite, negative or (unless the likelihood is ``"normal"``) fractional.
+        infinite, negative or (unless the likelihood is ``"normal"``) fractional; if there are empty
+        cells in a matrix on disk, which cannot be left out.
     """
     from scipy import sparse
 
     where = _where(layer)
+    if adata.isbacked and layer is not None:
+        raise InputError(f"{where} cannot stay on disk: anndata reads only X from there")
     matrices = {"X": adata.X, "raw.X": None if adata.raw is None else adata.raw.X}
     matrices |= {_where(name): matrix for name, matrix in adata.layers.items()}
     matrices = {name: matrix for name, matrix in matrices.items() if matrix is not None}
@@ -328,24 +371,35 @@ def check_counts(
     matrix = matrices[where]
     if matrix.dtype.kind not in "biuf":
         raise InputError(f"{where} has dtype {matrix.dtype}; expected numbers")
-    if not sparse.issparse(matrix) or matrix.format != "csr":
-        kind = matrix.format.upper() if sparse.issparse(matrix) else "dense"
-        say(f"{where} is {kind}: converting it to CSR, in which cells are quick to pick out")
-        matrix = sparse.csr_matrix(matrix)
-        if layer is None:
-            adata.X = matrix
-        else:
-            adata.layers[layer] = matrix
+    if adata.isbacked:
+        sums: list[np.ndarray] = []
+        blocks = _blocks_on_disk(matrix, sums)
+    else:
+        if not sparse.issparse(matrix) or matrix.format != "csr":
+            kind = matrix.format.upper() if sparse.issparse(matrix) else "dense"
+            say(f"{where} is {kind}: converting it to CSR, in which cells are quick to pick out")
+            matrix = sparse.csr_matrix(matrix)
+            if layer is None:
+                adata.X = matrix
+            else:
+                adata.layers[layer] = matrix
+        blocks = _matrix_blocks(matrix)
 
-    survey = _Survey.of(_matrix_blocks(matrix))
+    survey = _Survey.of(blocks)
     problem = survey.problem(likelihood == "normal")
     if problem or not survey.seen:
         elsewhere = _counts_elsewhere(matrices, where)
         raise _not_counts(where, problem or "all its values are zero", elsewhere)
 
     # a library size of zero has the logarithm -inf, which would turn the whole model into NaN
-    filled = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel() > 0
+    library = np.concatenate(sums) if adata.isbacked else matrix.sum(axis=1, dtype=np.float64)
+    filled = np.asarray(library).ravel() > 0
     if n_empty := int(np.count_nonzero(~filled)):
+        if adata.isbacked:
+            raise InputError(
+                f"{n_empty:,} of {adata.n_obs:,} cells have no counts at all, and cannot be left "
+                "out of a file: write one without them, or have the counts read to memory"
+            )
         say(f"leaving out {n_empty:,} of {adata.n_obs:,} cells, which have no counts at all")
         adata = adata[filled].copy()
     if adata.n_obs < MIN_CELLS or adata.n_vars < MIN_GENES:

@@ -233,7 +233,7 @@ def train(
         "demo": demo,
         "cells": adata.n_obs,
         "genes": adata.n_vars,
-        "density": counts.count_nonzero() / (adata.n_obs * adata.n_vars),
+        "density": _n_nonzero(counts) / (adata.n_obs * adata.n_vars),
         "batches": model.summary_stats.n_batch,
         "settings": asdict(settings),
         "epochs": epochs,
@@ -258,6 +258,12 @@ def train(
     _draw(history, f"SCVI, {settings.likelihood}, {adata.n_obs:,} cells", folder / "training.png")
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _n_nonzero(counts: Any) -> int:
+    """Count the non-zeros; on disk the stored values."""
+    on_disk = getattr(counts, "group", None)
+    return int(counts.count_nonzero() if on_disk is None else on_disk["data"].shape[0])
 
 
 @contextlib.contextmanager

@@ -135,6 +135,18 @@ def test_train_is_reproducible_and_fused_is_no_other_model(capsys, folder, atlas
     ]
 
 
+def test_train_on_counts_that_stay_on_disk(capsys, folder, atlas):
+    atlas.write_h5ad("counts.h5ad")
+    arguments = ("train", "counts.h5ad", "--max-epochs", 1, "--batch-key", "batch", "--backed")
+    status, printed, _ = run(capsys, *arguments, "--out", "run")
+    assert status == 0
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["density"] == pytest.approx(atlas.X.nnz / (150 * 40))
+    assert "count_nll: " in printed
+    status, _, error = run(capsys, *arguments, "--layer", "umi", "--out", "other")
+    assert status == 2 and "not with --demo or --layer" in error
+
+
 def test_train_leaves_out_empty_cells(capsys, folder, atlas):
     import anndata
 

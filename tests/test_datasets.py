@@ -418,3 +418,45 @@ def test_files_that_are_no_h5ad(atlas, tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(InputError, match="cannot be read as an h5ad file"):
         read_counts(path)
+
+
+# --- counts that stay on disk --------------------------------------------------------------------
+
+
+def test_counts_stay_on_disk(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_BLOCK", 500)  # many blocks, the last one smaller
+    adata = check_counts(read_counts(write(atlas, tmp_path), backed=True, say=ignore), say=ignore)
+    assert adata.isbacked and adata.shape == atlas.shape
+    assert (adata.X[:].toarray() == atlas.X.toarray()).all()
+    assert adata.obs.equals(atlas.obs)
+
+
+@pytest.mark.parametrize("change", [sparse.csc_matrix, lambda x: x.toarray()])
+def test_what_cannot_stay_on_disk(atlas, tmp_path, change):
+    atlas.X = change(atlas.X)
+    with pytest.raises(InputError, match=r"X cannot stay on disk.*it is (csc_matrix|array)"):
+        read_counts(write(atlas, tmp_path), backed=True, say=ignore)
+
+
+def test_a_layer_cannot_stay_on_disk(atlas, tmp_path):
+    atlas.layers["counts"] = atlas.X
+    path = write(atlas, tmp_path)
+    with pytest.raises(InputError, match="cannot stay on disk"):
+        read_counts(path, layer="counts", backed=True, say=ignore)
+    with pytest.raises(InputError, match="cannot stay on disk"):
+        check_counts(ad.read_h5ad(path, backed="r"), layer="counts", say=ignore)
+
+
+def test_bad_values_on_disk_are_found(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_BLOCK", 500)
+    atlas.X.data[-1] = -1
+    adata = ad.read_h5ad(write(atlas, tmp_path), backed="r")
+    with pytest.raises(InputError, match="does not hold raw counts"):
+        check_counts(adata, say=ignore)
+
+
+def test_empty_cells_on_disk(atlas, tmp_path):
+    atlas.X = sparse.csr_matrix(atlas.X.multiply(np.arange(atlas.n_obs)[:, None] > 2))
+    adata = read_counts(write(atlas, tmp_path), backed=True, say=ignore)
+    with pytest.raises(InputError, match=r"3 of .* cells have no counts"):
+        check_counts(adata, say=ignore)

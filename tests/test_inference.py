@@ -605,7 +605,7 @@ def test_log_sum_exp_is_the_same_for_any_number_of_threads():
 # --- fuse and unfuse -----------------------------------------------------------------------------
 
 
-def test_methods_look_like_stocks(atlas):
+def test_methods_look_like_stocks(atlas, answered):
     model = make(atlas)
     before = dict(vars(model))
     fuse(model)
@@ -621,10 +621,8 @@ def test_methods_look_like_stocks(atlas):
     assert vars(model) == before
     fuse(model)
     unfuse(model.module)  # and not the model
-    stock, ours = seeded(lambda m: m.get_normalized_expression(n_samples=3), model)[0], None
-    unfuse(model)
-    ours = seeded(lambda m: m.get_normalized_expression(n_samples=3), model)[0]
-    pd.testing.assert_frame_equal(stock, ours)
+    model.get_normalized_expression(n_samples=3)
+    assert not answered
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

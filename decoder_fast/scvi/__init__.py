@@ -64,16 +64,15 @@ def fuse(model: _Model) -> _Model:
     saved model loads in stock scvi-tools. ``load``, ``load_query_data`` and ``from_scvi_model``
     build a stock model: fuse it again.
 
-    Counts that AnnData holds as a ``scipy.sparse.csr_matrix`` (in memory, indices sorted, without
-    duplicates) are trained on in CSR: no dense mini-batch is built for the likelihood, and the
-    encoder is given ``log1p`` of the non-zeros. ``model.train(load_sparse_tensor=False)`` turns
-    that off. Dense mini-batches remain for MULTIVI and ContrastiveVI, for a ``datamodule`` of the
-    user's own, on MPS, and where a module is fused instead of its model.
+    Counts that AnnData holds as a ``scipy.sparse.csr_matrix``, in memory or on disk
+    (``backed="r"``), stay CSR from there to the loss, in training and in inference: no dense
+    mini-batch is built, the encoder's first layer multiplies the non-zeros alone (on CPUs), and
+    duplicates are summed. So do CSR tensors of a ``datamodule`` of the user's own.
+    ``model.train(load_sparse_tensor=False)`` turns that off. Dense mini-batches remain for CSC, for
+    MULTIVI and ContrastiveVI, on MPS, and where a module is fused instead of its model.
 
-    What is asked of it later decodes the genes and samples that are asked for, and no others:
-    ``get_normalized_expression`` (and with it ``differential_expression``) and
-    ``get_likelihood_parameters`` add samples up instead of keeping them. The random numbers are
-    those of the stock model.
+    Adam and AdamW are torch's fused ones (on CPU and CUDA, in full precision); an
+    ``optimizer_creator`` of the user's own stays.
 
     Parameters
     ----------
