@@ -74,6 +74,11 @@ def fuse(model: _Model) -> _Model:
     Adam and AdamW are torch's fused ones (on CPU and CUDA, in full precision); an
     ``optimizer_creator`` of the user's own stays.
 
+    What is asked of it later decodes the genes and samples that are asked for, and no others:
+    ``get_normalized_expression`` (and with it ``differential_expression``) and
+    ``get_likelihood_parameters`` add samples up instead of keeping them. The random numbers are
+    those of the stock model.
+
     Parameters
     ----------
     model
