@@ -47,9 +47,16 @@ def _ratios(name: str, *others: str) -> Columns:
 
 
 def general(rows: list[Row]) -> str:
-    """Milliseconds, and ours relative to each stock."""
+    """Milliseconds, ours relative to each stock, and the peak of the extra memory."""
     what: Columns = {"what": lambda row: row["what"]}
-    return _table(rows, what | KEYS | _times(*STOCK, "ours") | _ratios("ours", *STOCK))
+    columns = what | KEYS | _times(*STOCK, "ours") | _ratios("ours", *STOCK)
+    return _table(rows, columns | {"extra memory, eager / ours, MB": _extra_memory})
+
+
+def _extra_memory(row: Row) -> str:
+    peaks = row.get("peak extra bytes", {})
+    found = [peaks.get(name) for name in ("stock eager", "ours")]
+    return "" if None in found else " / ".join(f"{peak / 1e6:.0f}" for peak in found)
 
 
 def losses(rows: list[Row]) -> str:
