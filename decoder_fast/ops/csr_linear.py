@@ -61,7 +61,6 @@ class _CsrLinear(torch.autograd.Function):
         return None, None, None, d_weight, d_bias, None
 
 
-@torch.compiler.disable  # whose graphs hold no sparse tensors
 def csr_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
