@@ -15,7 +15,7 @@ from tqdm import tqdm
 from . import report
 from .timing import REPEATS, environment
 
-PARTS = ("count_nll", "training", "inference", "atlas")
+PARTS = ("count_nll", "training", "disk", "inference", "atlas")
 
 
 def markdown(about: dict[str, str | int | float], rows: list[report.Row]) -> str:

@@ -48,8 +48,8 @@ def report(case: Case, top: int) -> str:
     """Profile one case, stock and fused."""
     steps = -(-case[0] // case[3])
     parts = []
-    with models(case) as (shape, alternatives):
-        for name, epoch in alternatives.items():
+    with models(case) as (shape, epochs):
+        for name, epoch in epochs.items():
             parts += [f"### {shape}: {name}", "\n".join(_rows(epoch, steps, top))]
     return "\n\n".join(parts)
 

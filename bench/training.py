@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import scvi
 import torch
+from anndata import AnnData
 
 from decoder_fast import fuse
 from decoder_fast.datasets import simulate_atlas
@@ -36,15 +37,14 @@ def cases(quick: bool) -> tuple[Case, ...]:
 
 
 @contextmanager
-def models(case: Case) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
-    """Stock and fused models of a case: what it is, and for each a function that runs an epoch."""
+def alternatives(
+    adata: AnnData, batch_size: int, likelihood: str, options: dict[str, object]
+) -> Iterator[dict[str, Callable[[], None]]]:
+    """Stock and fused models of some data: for each a function that runs an epoch."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    cells, genes, batches, batch_size, likelihood, options = case
-    adata = simulate_atlas(n_cells=cells, n_genes=genes, n_batches=batches, seed=0)
     scvi.settings.seed = 0
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     stock, ours = (scvi.model.SCVI(adata, gene_likelihood=likelihood, **options) for _ in "ab")
-    density = adata.X.nnz / adata.X.shape[0] / adata.X.shape[1]
     fuse(ours)
 
     def epoch(model: scvi.model.SCVI) -> None:
@@ -59,29 +59,38 @@ def models(case: Case) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
                 logger=False,
             )
 
-    shape = (
-        f"{cells:,} cells x {genes:,} genes, {density:.0%} non-zero, {batches:,} batches, "
-        f"mini-batches of {batch_size:,}, {likelihood}"
-    )
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # Lightning leaves its logs in the current folder
         try:
-            yield shape, {"stock eager": lambda: epoch(stock), "ours": lambda: epoch(ours)}
+            yield {"stock eager": lambda: epoch(stock), "ours": lambda: epoch(ours)}
         finally:
             os.chdir(here)
 
 
+@contextmanager
+def models(case: Case) -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
+    """What a case is, and its alternatives."""
+    cells, genes, batches, batch_size, likelihood, options = case
+    adata = simulate_atlas(n_cells=cells, n_genes=genes, n_batches=batches, seed=0)
+    shape = (
+        f"{cells:,} cells x {genes:,} genes, {adata.X.nnz / cells / genes:.0%} non-zero, "
+        f"{batches:,} batches, mini-batches of {batch_size:,}, {likelihood}"
+    )
+    with alternatives(adata, batch_size, likelihood, options) as epochs:
+        yield shape, epochs
+
+
 def _peak(case: Case, name: str, threads: int) -> int | None:
     torch.set_num_threads(threads)
-    with models(case) as (_, alternatives):
-        return peak_extra_bytes(alternatives[name])
+    with models(case) as (_, epochs):
+        return peak_extra_bytes(epochs[name])
 
 
 def measure(case: Case, repeats: int) -> dict[str, object]:
     """Time whole epochs, data loading included, and measure the peak memory of the first one."""
-    with models(case) as (shape, alternatives):
-        seconds = interleaved(alternatives, repeats=min(repeats, 5))
+    with models(case) as (shape, epochs):
+        seconds = interleaved(epochs, repeats=min(repeats, 5))
     peaks = {name: fresh(_peak, case, name, torch.get_num_threads()) for name in seconds}
     return {
         "shape": shape,
