@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ._version import __version__
+from .backends import choose
 from .datasets import InputError, ObsKeys
 
 if TYPE_CHECKING:
@@ -286,14 +287,18 @@ def quiet() -> Iterator[None]:
 
 
 def _what_ran(model: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Say which implementation each step of the decoder takes, and why not a faster one."""
+    """Say which implementation each step takes, and why not a faster one."""
     if not settings.fused:
         return [{"step": "decoder", "backend": "scvi-tools", "reasons": {"fused": "--no-fused"}}]
+    encoder = choose("csr_linear", device=model.device)
     n_input = settings.n_latent + len(settings.keys.continuous)
     z = torch.zeros(settings.batch_size, n_input, device=model.device)
     return [
-        {"step": step, **asdict(choice)}
-        for step, choice in model.module.decoder.explain(z, likelihood=settings.likelihood)
+        {"step": "encoder, first layer", **asdict(encoder)},
+        *(
+            {"step": step, **asdict(choice)}
+            for step, choice in model.module.decoder.explain(z, likelihood=settings.likelihood)
+        ),
     ]
 
 

@@ -92,7 +92,7 @@ def test_train(capsys, folder, atlas, scvi):
     assert summary["settings"]["seed"] == 0
     assert summary["cells_per_second"] == pytest.approx(135 * 2 / summary["seconds"], rel=0.01)
     ran = {step["operation"]: step for step in summary["ran"]}
-    assert set(ran) == set(backends.OPERATIONS) - {"csr_linear"}
+    assert set(ran) == set(backends.OPERATIONS)
     assert all(set(step["reasons"]) <= set(backends.BACKENDS) for step in ran.values())
     assert summary["versions"]["decoder_fast"] == __version__
     assert summary["device"].startswith(("cpu", "cuda", "mps"))
