@@ -19,13 +19,15 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import _build
 
-__all__ = ["ABI_VERSION", "describe", "load", "operations", "reason"]
+__all__ = ["ABI_VERSION", "describe", "functions", "load", "operations", "reason"]
 
 #: The version of the C interface that this module speaks; ``csrc/library.cpp`` has the same number.
 ABI_VERSION = 2
@@ -205,6 +207,38 @@ def load() -> ctypes.CDLL:
     if state.library is None:
         raise RuntimeError(state.reason)
     return state.library
+
+
+def functions(
+    operation: str, structures: Sequence[type[ctypes.Structure]], results: dict[str, Any]
+) -> list[Callable[..., Any]]:
+    """Return an operation's functions, each of which takes a pointer to the first structure.
+
+    Parameters
+    ----------
+    operation
+        Name of the operation.
+    structures
+        What ``csrc/<operation>.h`` declares, field by field: the argument first.
+    results
+        Name of each function, without the library's prefix, and its ctypes result type.
+
+    Raises
+    ------
+    RuntimeError
+        If there is no library, or both sides mean structures of different sizes.
+    """
+    library = load()
+    size = library[f"decoder_fast_{operation}_size"]
+    size.restype = ctypes.c_int64
+    if size() != sum(map(ctypes.sizeof, structures)):
+        raise RuntimeError(f"csrc/{operation}.h and decoder_fast/cpp/{operation}.py disagree")
+    found: list[Callable[..., Any]] = []
+    for name, result in results.items():
+        function = library[f"decoder_fast_{name}"]
+        function.argtypes, function.restype = [ctypes.POINTER(structures[0])], result
+        found.append(function)
+    return found
 
 
 def operations() -> frozenset[str]:

@@ -154,6 +154,15 @@ def one_thread():
 
 
 @pytest.fixture
+def quiet(tmp_path, monkeypatch):
+    """Train in a folder of the test's own, without Lightning's advice on tiny data."""
+    monkeypatch.chdir(tmp_path)  # Lightning leaves its logs in the current folder
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
 def dynamo():
     """torch.compile without what earlier tests compiled."""
     torch._dynamo.reset()

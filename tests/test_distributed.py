@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -96,14 +95,6 @@ def models(jobs):
     results = {strategy: jobs[strategy].results() for strategy in (DOCUMENTED, FORKING)}
     assert len(results[DOCUMENTED]) == 2 and len(results[FORKING]) == 1
     return results
-
-
-@pytest.fixture
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Lightning leaves its logs in the current folder
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def assert_near(a, b, tolerance=1e-5):

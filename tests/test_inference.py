@@ -7,7 +7,6 @@ import functools
 import inspect
 import pickle
 import tracemalloc
-import warnings
 
 import numpy as np
 import pandas as pd
@@ -30,17 +29,10 @@ SCVI = scvi.model.SCVI
 N, G = 110, 70
 
 pytestmark = [
+    pytest.mark.usefixtures("quiet"),
     pytest.mark.filterwarnings("ignore"),  # of scvi-tools' advice on tiny data
     pytest.mark.usefixtures("one_thread"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Lightning leaves its logs in the current folder
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

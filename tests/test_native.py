@@ -248,3 +248,15 @@ def test_build_recipe_needs_the_standard_library_only():
         )
     }
     assert imported <= sys.stdlib_module_names
+
+
+def test_structures_that_disagree_are_refused():
+    """A field that only one side has would shift all that follow."""
+    if (reason := native.reason()) is not None:
+        pytest.skip(reason)
+
+    class Short(ctypes.Structure):
+        _fields_ = (("n_rows", ctypes.c_int64),)
+
+    with pytest.raises(RuntimeError, match=r"csrc/csr_linear\.h and .* disagree"):
+        native.functions("csr_linear", [Short], {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,16 +28,9 @@ SCVI = scvi.model.SCVI
 TRAIN = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
 
 pytestmark = [
+    pytest.mark.usefixtures("quiet"),
     pytest.mark.filterwarnings("ignore"),  # of Lightning's advice on tiny data
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Lightning leaves its logs in the current folder
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -67,15 +67,8 @@ class _CountNLL(ctypes.Structure):
 
 @functools.cache
 def _kernel() -> Callable[..., int]:
-    library = native.load()
-    size = library.decoder_fast_count_nll_size
-    size.restype = c_int64
-    if size() != ctypes.sizeof(_CountNLL):
-        raise RuntimeError("csrc/count_nll.h and decoder_fast/cpp/count_nll.py disagree")
-    kernel = library.decoder_fast_count_nll
-    kernel.restype = c_int32
-    kernel.argtypes = [ctypes.POINTER(_CountNLL)]
-    return kernel  # type: ignore[no-any-return]
+    (kernel,) = native.functions("count_nll", [_CountNLL], {"count_nll": c_int32})
+    return kernel
 
 
 def _countable(counts: Tensor) -> Tensor:

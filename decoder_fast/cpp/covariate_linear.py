@@ -84,20 +84,14 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _kernels() -> _Kernels:
-    library = native.load()
-    size = library.decoder_fast_covariate_linear_size
-    size.restype = c_int64
-    if size() != ctypes.sizeof(_CovariateLinear) + ctypes.sizeof(_Covariate):
-        raise RuntimeError("csrc/covariate_linear.h and cpp/covariate_linear.py disagree")
-
-    kernels = _Kernels(
-        library.decoder_fast_covariate_linear,
-        library.decoder_fast_covariate_linear_backward,
-        library.decoder_fast_update_running,
+    results = {
+        "covariate_linear": c_int32,
+        "covariate_linear_backward": c_int32,
+        "update_running": None,
+    }
+    return _Kernels(
+        *native.functions("covariate_linear", [_CovariateLinear, _Covariate], results)
     )
-    for kernel, result in zip(kernels, (c_int32, c_int32, None), strict=True):
-        kernel.argtypes, kernel.restype = [ctypes.POINTER(_CovariateLinear)], result
-    return kernels
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

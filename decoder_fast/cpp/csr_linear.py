@@ -26,17 +26,9 @@ class _CsrLinear(ctypes.Structure):
 
 
 @functools.cache
-def _kernels() -> tuple[Callable[..., int], Callable[..., int]]:
-    library = native.load()
-    size = library.decoder_fast_csr_linear_size
-    size.restype = c_int64
-    if size() != ctypes.sizeof(_CsrLinear):
-        raise RuntimeError("csrc/csr_linear.h and decoder_fast/cpp/csr_linear.py disagree")
-    kernels = (library.decoder_fast_csr_linear, library.decoder_fast_csr_linear_backward)
-    for kernel in kernels:
-        kernel.restype = c_int32
-        kernel.argtypes = [ctypes.POINTER(_CsrLinear)]
-    return kernels
+def _kernels() -> list[Callable[..., int]]:
+    results = {"csr_linear": c_int32, "csr_linear_backward": c_int32}
+    return native.functions("csr_linear", [_CsrLinear], results)
 
 
 def _run(

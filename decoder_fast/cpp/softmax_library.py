@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,9 @@ class _SoftmaxLibrary(ctypes.Structure):
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
-    library = native.load()
-    size = library.decoder_fast_softmax_library_size
-    size.restype = c_int64
-    if size() != ctypes.sizeof(_SoftmaxLibrary):
-        raise RuntimeError("csrc/softmax_library.h and cpp/softmax_library.py disagree")
-    kernels = (library.decoder_fast_softmax_library, library.decoder_fast_softmax_library_backward)
-    for kernel in kernels:
-        kernel.restype = None
-        kernel.argtypes = [ctypes.POINTER(_SoftmaxLibrary)]
-    return kernels
+def _kernels() -> list[Callable[..., None]]:
+    results = {"softmax_library": None, "softmax_library_backward": None}
+    return native.functions("softmax_library", [_SoftmaxLibrary], results)
 
 
 def _arguments(rows: Tensor, scale_activation: str, **tensors: Tensor | None) -> _SoftmaxLibrary:
