@@ -42,7 +42,8 @@ struct Worker {
     float* slope;      // by cell, for one tile
     float* nll;        // by cell, of one tile
     float* u;          // by cell, of one tile
-    float *a_row, *u_row, *d_log_theta_row;  // by cell, of one gene
+    // By cell, of one gene.
+    float *a_row, *u_row, *d_log_theta_row, *pi_row, *minus_x_row, *survives_row;
     Nonzeros nonzeros;
     bool has_bad_count;
     double bad_count;
@@ -160,7 +161,7 @@ inline void carve(Call& c, Carver& memory) {
         memory.take(w.weights, padded ? c.tile * c.n_hidden_padded : 0);
         memory.take(w.d_weights, padded ? c.tile * c.n_hidden_padded : 0);
         for (float** p : {&w.ratio, &w.factor, &w.slope, &w.nll, &w.u, &w.a_row, &w.u_row,
-                          &w.d_log_theta_row}) {
+                          &w.d_log_theta_row, &w.pi_row, &w.minus_x_row, &w.survives_row}) {
             memory.take(*p, cells);
         }
         const std::int64_t most = c.tile * cells;
@@ -337,9 +338,11 @@ inline void head(const Call& c, Worker& w, const float* weight, const float* bia
     }
 }
 
-// Carries a head's gradient d (n x cells) to its weight and, by chunk, to the hidden units.
+// Carries a head's gradient d (n x cells) to its weight and, by chunk, to the hidden units: added to
+// what is there, unless it is the first.
 inline void head_gradients(const Call& c, Worker& w, const float* d, const float* weight,
-                           float* d_weight, std::int64_t gene, std::int64_t n, float* d_hidden) {
+                           float* d_weight, std::int64_t gene, std::int64_t n, float* d_hidden,
+                           bool first) {
     const std::int64_t H = c.in.n_hidden, padded = c.n_hidden_padded, cells = c.n_cells_padded;
     const bool aligned = H == padded;
     const float* rows = weight + gene * H;
@@ -387,7 +390,7 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
             }
             if (d_hidden != nullptr) {
                 multiply_panel<BFloat16>(w.d_by_gene, 1, cells, w.weight_by_gene + k, padded,
-                                         d_hidden + k, padded, cells, gene_pairs, vectors, true,
+                                         d_hidden + k, padded, cells, gene_pairs, vectors, !first,
                                          nullptr);
             }
             continue;
@@ -403,7 +406,7 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
         }
         if (d_hidden != nullptr) {
             multiply_panel(d, 1, c.ld, rows + k, padded, d_hidden + k, padded, cells, n, vectors,
-                           true, nullptr);
+                           !first, nullptr);
         }
     }
     if (!aligned && d_weight != nullptr) {
@@ -609,8 +612,8 @@ inline void tile_ratio(const Call& c, std::int64_t tile, float* ratio) {
 // Phase 2: the likelihood. Elements are treated as if every count were zero; where it is not, e is
 // set to 0 for the time, which makes all of an element's terms exactly zero.
 
-// A row of the tile is passed twice for zinb: one long chain of dependent operations would leave
-// the processor waiting, two short ones overlap.
+// A row of the tile is passed three times for zinb: one long chain of dependent operations would
+// leave the processor waiting, short ones overlap.
 template <int likelihood, bool by_element, bool gradients>
 inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n) {
     const std::int64_t cells = c.n_cells_padded;
@@ -672,23 +675,27 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
             }
         }
         if (likelihood == zinb) {
-            V d_dropout = zero();
+            // log(pi + (1 - pi) exp(-a)) with pi = sigmoid(dropout), as log(1 - x)
+            // with x = (1 - pi) (1 - exp(-a)).
             float* dropout = w.dropout + i * c.ld;
             for (std::int64_t j = 0; j < cells; j += lanes) {
-                // log(pi + (1 - pi) exp(-a)) with pi = sigmoid(dropout), as log(1 - x)
-                // with x = (1 - pi) (1 - exp(-a)).
-                const V a = load(w.a_row + j);
                 const V logit = load(dropout + j);
                 V exp_a, expm1_a;
-                exp_and_expm1(neg(a), exp_a, expm1_a);
+                exp_and_expm1(neg(load(w.a_row + j)), exp_a, expm1_a);
                 const V odds = exp(neg(abs(logit)));
                 const V larger = reciprocal(add(one, odds));
                 const V smaller = mul(odds, larger);
                 const Mask negative = less(logit, zero());
-                const V pi = select(negative, smaller, larger);
                 const V not_pi = select(negative, larger, smaller);
-                const V minus_x = mul(not_pi, expm1_a);
-                const V survives = mul(not_pi, exp_a);
+                store(w.pi_row + j, select(negative, smaller, larger));
+                store(w.minus_x_row + j, mul(not_pi, expm1_a));
+                store(w.survives_row + j, mul(not_pi, exp_a));
+            }
+            V d_dropout = zero();
+            for (std::int64_t j = 0; j < cells; j += lanes) {
+                const V pi = load(w.pi_row + j);
+                const V minus_x = load(w.minus_x_row + j);
+                const V survives = load(w.survives_row + j);
                 const V p0 = add(survives, pi);
                 V log_p0 = log_of(p0, minus_x).value;
                 const V inv_p0 = reciprocal(p0);
@@ -697,6 +704,7 @@ inline void at_zero(const Call& c, Worker& w, std::int64_t gene, std::int64_t n)
                 const Mask tiny = less(p0, set1(1e-30f));
                 if (any(tiny)) {
                     // Both terms vanish in float32: compare them as logarithms.
+                    const V a = load(w.a_row + j), logit = load(dropout + j);
                     const V s = sub(neg(a), logit);
                     const V es = exp(neg(abs(s)));
                     const V hi = reciprocal(add(one, es));
@@ -883,7 +891,7 @@ inline float row_sum(const float* row, std::int64_t n) {
 }
 
 inline void log_theta_gradients(const Call& c, Worker& w, std::int64_t gene, std::int64_t n,
-                                float* d_hidden) {
+                                float* d_hidden, bool first) {
     const CountNll& in = c.in;
     if (in.r_weight != nullptr) {
         if (in.d_r_bias != nullptr) {
@@ -891,7 +899,7 @@ inline void log_theta_gradients(const Call& c, Worker& w, std::int64_t gene, std
                 in.d_r_bias[gene + i] += row_sum(w.r + i * c.ld, c.n_cells_padded);
             }
         }
-        head_gradients(c, w, w.r, in.r_weight, in.d_r_weight, gene, n, d_hidden);
+        head_gradients(c, w, w.r, in.r_weight, in.d_r_weight, gene, n, d_hidden, first);
     } else if (in.d_px_r != nullptr) {
         for (std::int64_t i = 0; i < n; ++i) {
             float* row = in.d_px_r + (gene + i) * in.n_px_r;
@@ -912,7 +920,6 @@ inline void phase2(const Call& c, std::int64_t chunk, Worker& w) {
         in.d_hidden == nullptr ? nullptr : c.chunk_d_hidden + chunk * cells * c.n_hidden_padded;
     std::memset(nll, 0, sizeof(double) * cells);
     std::memset(u, 0, sizeof(double) * cells);
-    if (d_hidden != nullptr) std::memset(d_hidden, 0, sizeof(float) * cells * c.n_hidden_padded);
     const std::int64_t start = c.chunk_start(chunk), end = c.chunk_start(chunk + 1);
     for (std::int64_t t = 0; t < c.tiles_a_chunk; ++t) {
         const std::int64_t gene = start + t * c.tile, n = least(c.tile, end - gene);
@@ -934,9 +941,11 @@ inline void phase2(const Call& c, std::int64_t chunk, Worker& w) {
         if (!c.gradients) continue;
         if (in.likelihood == zinb) {
             head_gradients(c, w, w.dropout, in.dropout_weight, in.d_dropout_weight, gene, n,
-                           d_hidden);
+                           d_hidden, t == 0);
         }
-        if (c.by_element) log_theta_gradients(c, w, gene, n, d_hidden);
+        if (c.by_element) {
+            log_theta_gradients(c, w, gene, n, d_hidden, t == 0 && in.likelihood != zinb);
+        }
     }
 }
 
@@ -959,11 +968,16 @@ inline void combine_derivatives(const Call& c) {
 // ---------------------------------------------------------------------------------------------
 // Phase 3: the scale head's gradients
 
+inline void prefetch_row(const float* from, std::int64_t start, std::int64_t n) {
+    for (std::int64_t k = 0; k < n; k += 16) __builtin_prefetch(from + start + k, 0, 2);
+}
+
 inline void phase3(const Call& c, std::int64_t chunk, Worker& w) {
     const CountNll& in = c.in;
     const std::int64_t cells = c.n_cells_padded;
     float* d_hidden =
         in.d_hidden == nullptr ? nullptr : c.chunk_d_hidden + chunk * cells * c.n_hidden_padded;
+    const bool first_head = in.likelihood != zinb && !(c.by_element && in.r_weight != nullptr);
     const std::int64_t start = c.chunk_start(chunk), end = c.chunk_start(chunk + 1);
     for (std::int64_t t = 0; t < c.tiles_a_chunk; ++t) {
         const std::int64_t gene = start + t * c.tile, n = least(c.tile, end - gene);
@@ -975,6 +989,7 @@ inline void phase3(const Call& c, std::int64_t chunk, Worker& w) {
         for (std::int64_t i = 0; i < n; ++i) {
             const float* e = c.e + (gene + i) * c.ld;
             float* d = c.d + (gene + i) * c.ld;
+            prefetch_row(in.scale_weight, (gene + i) * in.n_hidden, in.n_hidden);
             V total = zero();
             for (std::int64_t j = 0; j < cells; j += lanes) {
                 V value = mul(load(d + j), load(c.row_weight + j));
@@ -995,7 +1010,7 @@ inline void phase3(const Call& c, std::int64_t chunk, Worker& w) {
             if (in.d_scale_bias != nullptr) in.d_scale_bias[gene + i] += sum(total);
         }
         head_gradients(c, w, c.d + gene * c.ld, in.scale_weight, in.d_scale_weight, gene, n,
-                       d_hidden);
+                       d_hidden, first_head && t == 0);
     }
 }
 

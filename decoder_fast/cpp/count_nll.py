@@ -85,7 +85,7 @@ def _run(
     gradients: dict[str, Tensor],
 ) -> None:
     """Call the kernel, which fills ``values`` (nll and the like) and ``gradients``."""
-    n_samples, n_cells, n_hidden = inputs.hidden.shape
+    n_cells, n_hidden = inputs.hidden.shape[-2:]
     counts = inputs.counts
     keep: list[Tensor] = []  # alive until the kernel has returned
 
@@ -96,7 +96,7 @@ def _run(
         return keep[-1].data_ptr()
 
     arguments = _CountNLL(
-        n_rows=n_samples * n_cells,
+        n_rows=inputs.library.numel(),
         n_cells=n_cells,
         n_genes=inputs.scale_weight.shape[0],
         n_hidden=n_hidden,
@@ -145,17 +145,16 @@ def _run(
 
 
 def _empty_values(inputs: Inputs) -> dict[str, Tensor]:
-    shape = inputs.hidden.shape[:2]
-    return {
-        name: inputs.hidden.new_empty(shape) for name in ("nll", "log_sum_exp", "d_log_mu")
-    }
+    empty, shape = inputs.hidden.new_empty, inputs.hidden.shape[:-1]
+    return {name: empty(shape) for name in ("nll", "log_sum_exp", "d_log_mu")}
 
 
 def _empty_gradients(inputs: Inputs, wanted: frozenset[str]) -> dict[str, Tensor]:
+    empty = inputs.hidden.new_empty
     return {
-        name: torch.empty_like(getattr(inputs, name), memory_format=torch.contiguous_format)
+        name: empty(tensor.shape)
         for name in _GRADIENTS
-        if name in wanted and getattr(inputs, name) is not None
+        if name in wanted and (tensor := getattr(inputs, name)) is not None
     }
 
 
@@ -171,7 +170,8 @@ def forward_and_backward(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
     """Compute forward, and the gradients for an upstream gradient that is one number, at once.
 
-    In this order no product of the heads is taken twice.
+    In this order no product of the heads is taken twice. ``hidden`` may be (N, H) here, with
+    ``library`` (N,).
     """
     values = _empty_values(inputs)
     gradients = _empty_gradients(inputs, wanted)

@@ -28,6 +28,7 @@ def canonical_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         Row pointers, columns and values; None where :func:`canonical_csr` has to sort, or to
         refuse, the matrix.
     """
+    # Detached: torch.compile does not bear a view of a sparse tensor.
     crow, column, values = x.crow_indices(), x.col_indices(), x.values().detach()
     if crow.numel() != x.shape[0] + 1 or values.shape != column.shape:
         return None

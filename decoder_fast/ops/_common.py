@@ -47,11 +47,12 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: s
 
 def check_together(anchor_name: str, anchor: Tensor, **others: Tensor | None) -> None:
     """Refuse tensors that are not on the device of ``anchor``."""
+    device = anchor.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != anchor.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
                 f"{name} is on device '{tensor.device}', but {anchor_name} is on "
-                f"'{anchor.device}': move them to one device"
+                f"'{device}': move them to one device"
             )
 
 
@@ -85,11 +86,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        twice = torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not twice:
-            return outputs
         message = (
             "decoder_fast's operations can be differentiated once, and this is a second derivative"
         )

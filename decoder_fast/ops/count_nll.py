@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import struct
+from dataclasses import replace
+from itertools import compress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,52 +44,38 @@ _DIFFERENTIABLE = (
 )
 
 
-def _inputs(
-    hidden: Tensor,
-    library: Tensor,
-    scale_weight: Tensor,
-    scale_bias: Tensor | None,
-    dropout_weight: Tensor | None,
-    dropout_bias: Tensor | None,
-    r_weight: Tensor | None,
-    r_bias: Tensor | None,
-    px_r: Tensor | None,
-    px_r_index: Tensor | None,
-    x: Tensor | None,
-    crow: Tensor | None,
-    col: Tensor | None,
-    values: Tensor | None,
-    likelihood: str,
-    scale_activation: str,
-) -> Inputs:
-    counts = Counts(
-        x, crow, col, values, scale_weight.shape[0], signed=likelihood == "normal"
-    )
-    return Inputs(
-        hidden,
-        library,
-        scale_weight,
-        scale_bias,
-        dropout_weight,
-        dropout_bias,
-        r_weight,
-        r_bias,
-        px_r,
-        px_r_index,
-        counts,
-        likelihood,
-        scale_activation,
-    )
+class _Rest(NamedTuple):
+    """What is not differentiated."""
+
+    backend: str  # as chosen
+    px_r_index: Tensor | None
+    counts: Counts
+    likelihood: str
+    scale_activation: str
 
 
-def _chosen(inputs: Inputs, backend: str) -> str:
-    if inputs.hidden.numel() == 0 or inputs.scale_weight.numel() == 0:
+def _counts(parts: tuple[Any, ...], n_genes: int, likelihood: str) -> Counts:
+    dense, crow, col, values = parts
+    return Counts(dense, crow, col, values, n_genes, signed=likelihood == "normal")
+
+
+def _inputs(*args: Any) -> Inputs:
+    """Build the inputs from the arguments of the custom operations."""
+    likelihood, scale_activation = args[14:]
+    counts = _counts(args[10:14], args[2].shape[0], likelihood)
+    fields: list[Any] = [*args[:10], counts, likelihood, scale_activation]
+    return Inputs(*fields)
+
+
+def _taken(inputs: Inputs, backend: str) -> str:
+    hidden = inputs.hidden
+    if hidden.numel() == 0 or inputs.scale_weight.numel() == 0:
         return "torch"  # no kernel is needed to add up nothing
     return choose(
         "count_nll",
         backend,
-        device=inputs.hidden.device,
-        dtype=inputs.hidden.dtype,
+        device=hidden.device,
+        dtype=hidden.dtype,
         likelihood=inputs.likelihood,
     ).backend
 
@@ -96,11 +86,20 @@ def _check(inputs: Inputs) -> None:
         check_labels(inputs.px_r_index, inputs.px_r.shape[1], "px_r_index")
 
 
+def _with_samples(inputs: Inputs) -> Inputs:
+    """Add the dimension of Monte-Carlo samples where there is none."""
+    return replace(inputs, hidden=inputs.hidden[None], library=inputs.library[None])
+
+
 def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    run = implementation("count_nll", _chosen(inputs, backend)).forward
+    run = implementation("count_nll", backend).forward
     _check(inputs)
     with no_autocast(inputs.hidden.device):
-        return run(inputs)
+        if inputs.hidden.dim() == 3:
+            return run(inputs)
+        nll, lse, usum = run(_with_samples(inputs))
+        # In place: autograd would take the result of a custom function for a view.
+        return nll.squeeze_(0), lse.squeeze_(0), usum.squeeze_(0)
 
 
 def _backward(
@@ -111,52 +110,61 @@ def _backward(
     wanted: frozenset[str],
     backend: str,
 ) -> dict[str, Tensor]:
-    run = implementation("count_nll", _chosen(inputs, backend)).backward
+    run = implementation("count_nll", backend).backward
     with no_autocast(inputs.hidden.device):
-        return run(inputs, grad, lse, usum, wanted)
+        if inputs.hidden.dim() == 3:
+            return run(inputs, grad, lse, usum, wanted)
+        grads = run(_with_samples(inputs), grad[None], lse[None], usum[None], wanted)
+        for name in {"hidden", "library"} & grads.keys():
+            grads[name] = grads[name].squeeze(0)
+        return grads
 
 
 def _constant(grad: Tensor) -> float | None:
-    """Return the one number that ``grad`` holds everywhere, or None."""
+    """Return the one number that ``grad``, float32 on the CPU, holds everywhere; or None."""
     if grad.numel() == 0:
         return None
     if not any(grad.stride()):  # one number, expanded
         return grad[(0,) * grad.dim()].item()
-    first = grad.flatten()[0].item()
-    return first if bool((grad == first).all()) else None
+    # Compared as bytes: one call instead of several operations.
+    grad = grad.contiguous()
+    content = ctypes.string_at(grad.data_ptr(), grad.nbytes)
+    first = content[: grad.element_size()]
+    return struct.unpack("=f", first)[0] if content == first * grad.numel() else None
 
 
 class _CountNLL(torch.autograd.Function):
-    """``hidden`` may be (N, H) here, and the result is (N,) then: a view fewer for autograd."""
+    """Any leading shape of ``hidden`` and ``library``, (N,) or (S, N), is the result's.
+
+    A small mini-batch takes little longer than Python does, so tensors that are not differentiated
+    come as one object, and no view is made that the native kernel can do without.
+    """
 
     @staticmethod
-    def forward(ctx: Any, backend: str, hidden: Tensor, *args: Any) -> Tensor:
-        three_d = hidden.dim() == 3
-        inputs = _inputs(hidden if three_d else hidden[None], *args)
-        wanted = frozenset(
-            name
-            for name, need in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:10], strict=True)
-            if need
-        )
+    def forward(ctx: Any, rest: _Rest, *floats: Any) -> Tensor:
+        backend, *options = rest
+        inputs = Inputs(*floats, *options)
+        _, *needs = ctx.needs_input_grad
+        wanted = frozenset(compress(_DIFFERENTIABLE, needs))
         ctx.gradients = None
-        if wanted and _chosen(inputs, backend) == "cpp":
+        if wanted and backend == "cpp":
             # The gradients along the way, for an upstream gradient that is the same for all cells,
             # such as a mean's: no product is taken twice then.
             _check(inputs)
-            ctx.upstream = 1 / max(1, inputs.library.numel())
+            ctx.upstream = 1 / inputs.library.numel()
             (nll, lse, usum), ctx.gradients = cpp.forward_and_backward(
                 inputs, ctx.upstream, wanted
             )
         else:
             nll, lse, usum = _forward(inputs, backend)
-        ctx.save_for_backward(lse, usum, hidden, *args[:13])
-        ctx.static = (backend, args[13:], wanted, three_d)
-        return nll if three_d else nll.squeeze_(0)
+        ctx.save_for_backward(lse, usum, *floats, rest.px_r_index, *rest.counts.tensors)
+        ctx.static = (rest, wanted)
+        return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        backend, options, wanted, three_d = ctx.static
+        rest, wanted = ctx.static
         # Handed out once: another backward pass must not meet gradients that others changed.
         grads, ctx.gradients = ctx.gradients, None
         if grads is not None and (constant := _constant(grad)) is not None:
@@ -166,14 +174,10 @@ class _CountNLL(torch.autograd.Function):
                     gradient.mul_(constant / ctx.upstream)
         else:
             grads = None  # their memory is needed
-            lse, usum, hidden, *tensors = ctx.saved_tensors
-            if not three_d:
-                hidden, grad = hidden[None], grad[None]
-            inputs = _inputs(hidden, *tensors, *options)
-            grads = _backward(inputs, grad, lse, usum, wanted, backend)
-        if not three_d and "hidden" in grads:
-            grads["hidden"] = grads["hidden"].squeeze_(0)
-        return None, *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 7
+            backend, *options = rest
+            lse, usum, *floats = ctx.saved_tensors[: 2 + len(_DIFFERENTIABLE)]
+            grads = _backward(Inputs(*floats, *options), grad, lse, usum, wanted, backend)
+        return None, *map(grads.get, _DIFFERENTIABLE)
 
 
 @torch.library.custom_op("decoder_fast::count_nll", mutates_args=())
@@ -196,27 +200,25 @@ def _op(
     scale_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(
-        _inputs(
-            hidden,
-            library,
-            scale_weight,
-            scale_bias,
-            dropout_weight,
-            dropout_bias,
-            r_weight,
-            r_bias,
-            px_r,
-            px_r_index,
-            x,
-            crow,
-            col,
-            values,
-            likelihood,
-            scale_activation,
-        ),
-        backend,
+    inputs = _inputs(
+        hidden,
+        library,
+        scale_weight,
+        scale_bias,
+        dropout_weight,
+        dropout_bias,
+        r_weight,
+        r_bias,
+        px_r,
+        px_r_index,
+        x,
+        crow,
+        col,
+        values,
+        likelihood,
+        scale_activation,
     )
+    return _forward(inputs, _taken(inputs, backend))
 
 
 @_op.register_fake
@@ -268,7 +270,7 @@ def _op_backward(
         scale_activation,
     )
     names = wanted.split()
-    grads = _backward(inputs, grad, lse, usum, frozenset(names), backend)
+    grads = _backward(inputs, grad, lse, usum, frozenset(names), _taken(inputs, backend))
     return [grads[name].contiguous() for name in names]
 
 
@@ -299,7 +301,7 @@ _op.register_autograd(_derive, setup_context=_setup)
 
 
 def _check_head(
-    name: str, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, int], hidden: Tensor
+    name: str, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, int]
 ) -> None:
     if weight is not None:
         check_shape(f"{name}_weight", weight, shape, "(genes, hidden units)")
@@ -307,8 +309,6 @@ def _check_head(
         if weight is None:
             raise ValueError(f"{name}_bias was given without {name}_weight")
         check_shape(f"{name}_bias", bias, shape[:1], "one number a gene")
-    check_floating(**{f"{name}_weight": weight, f"{name}_bias": bias})
-    check_together("hidden", hidden, **{f"{name}_weight": weight, f"{name}_bias": bias})
 
 
 def check_likelihood(likelihood: str) -> None:
@@ -321,7 +321,7 @@ def check_likelihood(likelihood: str) -> None:
 
 
 def _prepare_counts(
-    x: Tensor, n_cells: int, n_genes: int, hidden: Tensor, backend: str
+    x: Tensor, n_cells: int, n_genes: int, backend: str
 ) -> tuple[Any, ...]:
     """Check the counts; return them as (dense, crow, col, values)."""
     if x.layout not in (torch.strided, torch.sparse_csr):
@@ -331,7 +331,6 @@ def _prepare_counts(
     if x.requires_grad:
         raise ValueError("x requires grad, but counts are not differentiable: pass x.detach()")
     check_shape("x", x, (n_cells, n_genes), "the cells of hidden and the genes of scale_weight")
-    check_together("hidden", hidden, x=x)
     if x.layout == torch.strided:
         return x, None, None, None
     if backend == "triton":
@@ -422,8 +421,6 @@ def count_nll(
             f"hidden has shape {tuple(hidden.shape)}, expected (cells, hidden units) or "
             "(samples, cells, hidden units)"
         )
-    check_floating(hidden=hidden, library=library, px_r=px_r)
-    check_together("hidden", hidden, library=library, px_r=px_r, px_r_index=px_r_index)
     if scale_weight.dim() != 2:
         raise ValueError(
             f"scale_weight has shape {tuple(scale_weight.shape)}, expected (genes, hidden units)"
@@ -435,9 +432,23 @@ def count_nll(
     if likelihood == "poisson":
         r_weight = r_bias = px_r = px_r_index = None
     head = (n_genes, n_hidden)
-    _check_head("scale", scale_weight, scale_bias, head, hidden)
-    _check_head("dropout", dropout_weight, dropout_bias, head, hidden)
-    _check_head("r", r_weight, r_bias, head, hidden)
+    _check_head("scale", scale_weight, scale_bias, head)
+    _check_head("dropout", dropout_weight, dropout_bias, head)
+    _check_head("r", r_weight, r_bias, head)
+    floats = (
+        hidden,
+        library,
+        scale_weight,
+        scale_bias,
+        dropout_weight,
+        dropout_bias,
+        r_weight,
+        r_bias,
+        px_r,
+    )
+    named = dict(zip(_DIFFERENTIABLE, floats, strict=True))
+    check_floating(**named)
+    check_together("hidden", hidden, **named, px_r_index=px_r_index, x=x)
     if likelihood == "zinb" and dropout_weight is None:
         raise ValueError("likelihood='zinb' needs dropout_weight, the head of the dropout logits")
     if likelihood != "poisson" and (px_r is None) == (r_weight is None):
@@ -471,43 +482,34 @@ def count_nll(
         backend = choose(
             "count_nll", backend, device=hidden.device, dtype=dtype, likelihood=likelihood
         ).backend
-    counts = _prepare_counts(x, n_cells, n_genes, hidden, backend)
+    parts = _prepare_counts(x, n_cells, n_genes, backend)
 
-    three_d = hidden.dim() == 3
+    rows = hidden.shape[:-1]
     try:
         if library.shape[-1:] != (1,):
             raise RuntimeError
-        library = library[..., 0].expand(hidden.shape[:2] if three_d else (1, n_cells))
+        by_cell = library.select(-1, 0)
+        if by_cell.shape != rows:
+            by_cell = by_cell.expand(rows)
     except RuntimeError:
         raise ValueError(
-            f"library has shape {tuple(library.shape)}, expected "
-            f"{(*hidden.shape[:-1], 1)} or something that broadcasts to it: one log library size a "
-            "cell"
+            f"library has shape {tuple(library.shape)}, expected {(*rows, 1)} or something that "
+            "broadcasts to it: one log library size a cell"
         ) from None
-    floats = (
-        hidden[None] if compiling and not three_d else hidden,
-        library,
-        scale_weight,
-        scale_bias,
-        dropout_weight,
-        dropout_bias,
-        r_weight,
-        r_bias,
-        px_r,
-    )
-    args = (
-        *(t if t is None or t.dtype == dtype else t.to(dtype) for t in floats),
-        px_r_index,
-        *counts,
-        likelihood,
-        scale_activation,
-    )
+    floats = (hidden, by_cell, *floats[2:])
+    cast: list[Any] = [t if t is None or t.dtype == dtype else t.to(dtype) for t in floats]
     if compiling:
-        nll = _op(*args, backend)[0]
-        return nll if three_d else nll.squeeze(0)
+        if len(rows) == 1:
+            cast[:2] = (t[None] for t in cast[:2])
+        options = (px_r_index, *parts, likelihood, scale_activation, backend)
+        nll = _op(*cast, *options)[0]
+        return nll if len(rows) == 2 else nll.squeeze(0)
+    if hidden.numel() == 0 or n_genes == 0:
+        backend = "torch"  # no kernel is needed to add up nothing
+    counts = _counts(parts, n_genes, likelihood)
+    rest = _Rest(backend, px_r_index, counts, likelihood, scale_activation)
     if torch.is_grad_enabled():
-        return _CountNLL.apply(backend, *args)
+        return _CountNLL.apply(rest, *cast)
     # autograd would have gradients computed along the way for parameters that want them
-    hidden, *others = args
-    nll = _forward(_inputs(hidden if three_d else hidden[None], *others), backend)[0]
-    return nll if three_d else nll.squeeze_(0)
+    cast += rest[1:]
+    return _forward(Inputs(*cast), backend)[0]

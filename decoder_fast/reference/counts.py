@@ -50,6 +50,11 @@ class Counts:
             self.col = col
             self.values = values
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What holds the counts: the dense tensor, or row pointers, columns and values."""
+        return (self.crow, self.col, self.values) if self.dense is None else (self.dense,)
+
     def require_counts(self, bad: Tensor) -> None:
         """Raise ValueError where ``bad`` is 2 (negative or NaN) or 1 (infinite); as kernels report.
 
