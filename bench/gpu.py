@@ -383,26 +383,32 @@ def training_step(shape: Shape, machine: Machine) -> Row:
 
 
 def epoch(machine: Machine, quick: bool) -> Row:
-    """One epoch of ``SCVI.train``, stock and fused, data loading included."""
+    """One epoch of ``SCVI.train``, stock and fused, data loading (and recording) included."""
     shape = _quick(SHAPES["tutorial"]) if quick else SHAPES["tutorial"]
     cells = 256 if quick else 20_000
     models = Models(shape, cells, machine.device)
     times = {}
-    for name in ("stock eager", "ours"):
+    ways: dict[str, tuple[str, dict[str, Any]]] = {"stock eager": ("stock eager", {})}
+    ways["ours"] = ("ours", {})
+    if machine.device.type == "cuda":
+        ways["ours, CUDA graph"] = ("ours", {"cuda_graph": True})
+    for way, (name, options) in ways.items():
         with quiet():
-            models.train(name)
+            models.train(name, **options)
             machine.synchronize()
             began = time.perf_counter()
-            models.train(name)
+            models.train(name, **options)
             machine.synchronize()
-        times[f"{name}, fp32"] = {"both": time.perf_counter() - began}
+        times[f"{way}, fp32"] = {"both": time.perf_counter() - began}
     where = f"{cells:,} cells x {shape.genes:,} genes, mini-batches of {shape.cells}"
     return {"part": "SCVI.train, an epoch", "shape": where, "times": times, "wrong": []}
 
 
 def run_tests(budget: float, quick: bool) -> dict[str, str]:
-    """Run the tests of the Triton kernels on the device, all files at once: file to verdict."""
+    """Run the tests that use the device, all files at once: file to verdict."""
     files = sorted((ROOT / "tests").glob("test_*_triton.py"))
+    if _found("scvi"):
+        files.append(ROOT / "tests" / "test_cuda_graph.py")
     missing = [name for name in ("pytest", "hypothesis", "mpmath") if not _found(name)]
     if missing:
         return dict.fromkeys((f.name for f in files), f"not run: no {', '.join(missing)} here")

@@ -114,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--no-fused", action="store_true", help="train with scvi-tools' own decoder, to compare"
     )
+    model.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="record a training step on the GPU and replay it: for small mini-batches",
+    )
     demo = train.add_argument_group("demonstration")
     demo.add_argument(
         "--demo",
@@ -216,6 +221,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         seed=arguments.seed,
         accelerator=arguments.accelerator,
         fused=not arguments.no_fused,
+        cuda_graph=arguments.cuda_graph,
     )
 
 

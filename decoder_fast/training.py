@@ -59,6 +59,8 @@ class Settings:
         ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"mps"``, as Lightning names them.
     fused
         Whether to train with the fused decoder.
+    cuda_graph
+        Whether to record a training step on the GPU and replay it.
     """
 
     keys: ObsKeys = field(default_factory=ObsKeys)
@@ -73,6 +75,7 @@ class Settings:
     seed: int = 0
     accelerator: str = "auto"
     fused: bool = True
+    cuda_graph: bool = False
 
 
 def check_settings(settings: Settings) -> None:
@@ -89,6 +92,18 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("--accelerator gpu: torch sees no GPU here; decoder-fast doctor says more")
+    if settings.cuda_graph:
+        if not settings.fused:
+            raise InputError("--cuda-graph needs the fused decoder: leave out --no-fused")
+        if settings.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
+            raise InputError(
+                "--cuda-graph needs an NVIDIA GPU, and "
+                + (
+                    f"--accelerator {settings.accelerator} was asked for"
+                    if torch.cuda.is_available()
+                    else "torch sees none here; decoder-fast doctor says more"
+                )
+            )
     if settings.accelerator == "mps" and not torch.backends.mps.is_available():
         raise InputError("--accelerator mps: torch has no Metal device here")
 
@@ -218,6 +233,7 @@ def train(
             batch_size=settings.batch_size,
             accelerator=settings.accelerator,
             check_val_every_n_epoch=1,
+            **({"cuda_graph": True} if settings.cuda_graph else {}),
         )
     seconds = time.perf_counter() - started
     latent = model.get_latent_representation()

@@ -74,6 +74,11 @@ def fuse(model: _Model) -> _Model:
     Adam and AdamW are torch's fused ones (on CPU and CUDA, in full precision); an
     ``optimizer_creator`` of the user's own stays.
 
+    ``model.train(cuda_graph=True)`` records a whole training step (forward, backward, optimizer) on
+    an NVIDIA GPU and replays it for every mini-batch of the same size; the last, smaller one of an
+    epoch runs as usual. A recorded step does not check its latents for NaN. Where steps cannot be
+    recorded, a warning says why and training goes on without.
+
     What is asked of it later decodes the genes and samples that are asked for, and no others:
     ``get_normalized_expression`` (and with it ``differential_expression``) and
     ``get_likelihood_parameters`` add samples up instead of keeping them. The random numbers are

@@ -1,33 +1,40 @@
-"""``model.train`` of fused models: CSR mini-batches, and torch's fused optimizer."""
+"""``model.train`` of fused models: CSR mini-batches, torch's fused optimizer, CUDA graphs."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from scvi import train
 
+from .cuda_graph import GraphedPlan, supports_graphs
 from .data import FUSED_SPLITTERS
 from .module import takes_csr
 
 
 @functools.cache
-def _fused_training_plan(stock_class: type) -> type:
+def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
     """Make the subclass of a training plan whose Adam or AdamW is one operation a step.
 
     On the CPU torch's default takes a dozen passes over each parameter: at atlas size more than
-    all else of a step. An optimizer of the user's own stays as it is.
+    all else of a step. An optimizer of the user's own stays as it is. With ``cuda_graph`` the steps
+    are recorded and replayed.
     """
+    bases = (GraphedPlan, stock_class) if cuda_graph else (stock_class,)
 
-    class FusedTrainingPlan(stock_class):  # type: ignore[misc,valid-type]
+    class FusedTrainingPlan(*bases):  # type: ignore[misc]
         def _optimizer_creator_fn(self, optimizer_cls: type) -> Any:
             # With gradient scaling Lightning refuses to clip gradients for fused optimizers.
             if self.device.type in ("cpu", "cuda") and self.trainer.precision == "32-true":
-                optimizer_cls = functools.partial(optimizer_cls, fused=True)  # type: ignore[assignment]
+                options = {"fused": True}
+                if cuda_graph and supports_graphs(self.device):
+                    options["capturable"] = True
+                optimizer_cls = functools.partial(optimizer_cls, **options)  # type: ignore[assignment]
             return super()._optimizer_creator_fn(optimizer_cls)
 
     FusedTrainingPlan.__doc__ = stock_class.__doc__
@@ -56,14 +63,20 @@ class FusedTrain:
     def __init__(self, model: Any) -> None:
         functools.update_wrapper(self, types.MethodType(type(model).train, model))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Train the model."""
+    def __call__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any) -> Any:
+        """Train the model; what the model's own ``train`` does not know is ``cuda_graph``."""
         stock = self.__wrapped__
         model: Any = stock.__self__  # type: ignore[attr-defined]
         parts: dict[str, Any] = {}
         plan = getattr(model, "_training_plan_cls", object)
         if issubclass(plan, train.TrainingPlan):
-            parts["_training_plan_cls"] = _fused_training_plan(plan)
+            parts["_training_plan_cls"] = _fused_training_plan(plan, cuda_graph)
+        elif cuda_graph:
+            warnings.warn(
+                "cuda_graph=True has no effect: the training plan of "
+                f"{type(model).__name__} is not a scvi.train.TrainingPlan",
+                stacklevel=2,
+            )
         splitter = FUSED_SPLITTERS.get(getattr(model, "_data_splitter_cls", object))
         if splitter is not None and takes_csr(model.module):
             said = {**inspect.signature(stock).bind(*args, **kwargs).arguments, **kwargs}
