@@ -232,6 +232,23 @@ def test_no_gpu(capsys, folder, monkeypatch, atlas):
     atlas.write_h5ad("counts.h5ad")
     train = ("train", "counts.h5ad", "--out", "run", "--accelerator", "gpu")
     fails(capsys, folder, "torch sees no GPU here", *train)
+    train = ("train", "counts.h5ad", "--out", "run", "--cuda-graph")
+    fails(capsys, folder, "--cuda-graph needs an NVIDIA GPU, and torch sees none here", *train)
+    fails(capsys, folder, "--cuda-graph needs the fused decoder", *train, "--no-fused")
+
+
+def test_cuda_graph(capsys, folder, monkeypatch, atlas):
+    """The option reaches the model's ``train``, where there is a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    atlas.write_h5ad("counts.h5ad")
+    train = ("train", "counts.h5ad", "--out", "run", "--cuda-graph")
+    fails(capsys, folder, "and --accelerator cpu was asked for", *train, "--accelerator", "cpu")
+
+    def trained(self, *args, **options):
+        raise cli.InputError(f"as far as this, cuda_graph={options['cuda_graph']}")
+
+    monkeypatch.setattr("decoder_fast.scvi.training.FusedTrain.__call__", trained)
+    fails(capsys, folder, "as far as this, cuda_graph=True", *train)
 
 
 def test_not_an_h5ad(capsys, folder):

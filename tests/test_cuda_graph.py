@@ -14,6 +14,7 @@ import pytest
 import torch
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is what the bridge leads to")
+lightning = pytest.importorskip("lightning", reason="it comes with scvi-tools")
 
 from decoder_fast import backends, fuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
@@ -68,6 +69,7 @@ class StandIn:
 
     def __call__(self, step):
         self.recordings += 1
+        assert not torch.distributions.Distribution._validate_args  # it would wait
         (graph,) = (
             cell.cell_contents
             for cell in step.__closure__
@@ -154,6 +156,24 @@ def test_validation_and_checks_between_steps(atlas, recorder):
     options = {"train_size": 0.8, "check_val_every_n_epoch": 1, "batch_size": 40}
     same(trained(atlas, {"cuda_graph": True}, **options), trained(atlas, **options))
     assert recorder.replays
+
+
+class Losses(lightning.pytorch.Callback):
+    """Keeps what each step returned."""
+
+    def __init__(self):
+        self.of_steps = []
+
+    def on_train_batch_end(self, trainer, plan, outputs, batch, batch_idx):
+        self.of_steps.append(outputs["loss"])
+
+
+def test_losses_that_callbacks_keep(atlas, recorder):
+    losses = Losses(), Losses()
+    trained(atlas, {"cuda_graph": True}, callbacks=[losses[0]])
+    trained(atlas, callbacks=[losses[1]])
+    torch.testing.assert_close(*(torch.stack(callback.of_steps) for callback in losses))
+    assert torch.distributions.Distribution._validate_args  # as before
 
 
 def test_another_learning_rate_is_recorded_anew(atlas, recorder):

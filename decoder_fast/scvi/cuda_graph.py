@@ -9,7 +9,6 @@ and nothing for the rest.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -97,7 +96,8 @@ class StepGraph:
         Returns
         -------
         LossOutput or None
-            None where nothing was done: the step has to be run as usual.
+            Filled anew by the next step. None where nothing was done: the step has to be run as
+            usual.
         """
         if self._failed:
             return None
@@ -111,12 +111,10 @@ class StepGraph:
             *((key, v) for key, v in options.items() if not isinstance(v, Tensor)),
             *(group["lr"] for group in self._optimizer.param_groups),
         )
-        if self._recorded is not None and self._recorded[0] != shapes:
-            return None  # the last, smaller mini-batch
         if self._recorded != (shapes, constants):
             self._seen[shapes] += self._recorded is None
             if self._seen[shapes] <= WARM_UP:
-                return None
+                return None  # so is the last, smaller mini-batch of every epoch
             try:
                 self._record(batch, options)
             except Exception as error:
@@ -132,10 +130,7 @@ class StepGraph:
         else:
             self._fill(batch, options)
         self._replay()
-        # Lightning keeps the loss until the next step.
-        output = copy.copy(self._output)
-        object.__setattr__(output, "loss", output.loss.clone())
-        return output
+        return self._output
 
     def _fill(self, batch: dict[str, Tensor], options: dict[str, Any]) -> None:
         for key, value in batch.items():
@@ -220,11 +215,6 @@ class GraphedPlan:
                 self._replayed = True
                 return None, None, output
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-    def optimizer_zero_grad(self, *args: Any) -> None:
-        """Set gradients to zero, unless the replay had its own."""
-        if not self._replayed:
-            super().optimizer_zero_grad(*args)  # type: ignore[misc]
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
         """Compute gradients, unless the replay did."""
