@@ -1053,3 +1053,31 @@ def test_bridge_without_scvi_tools():
     )
     assert "pip install 'decoder-fast[scvi]'" in done.stdout
     assert "nonsense" in done.stdout
+
+
+def test_metrics_are_logged_once_an_epoch(atlas, monkeypatch):
+    """Lightning computes them at its end; curves are those of the stock model."""
+    from lightning.pytorch import LightningModule
+
+    logged = []
+
+    def log_dict(self, dictionary, *args, **kwargs):
+        logged.append(next(iter(dictionary)))
+        original(self, dictionary, *args, **kwargs)
+
+    original = LightningModule.log_dict
+    monkeypatch.setattr(LightningModule, "log_dict", log_dict)
+    options = {"max_epochs": 3, "train_size": 0.7, "batch_size": 50, "check_val_every_n_epoch": 1}
+    (stock, *_), (fast, *_) = train_both(lambda: scvi_model(atlas), train=options)
+    n_train, n_validation = 3 * -(-210 // 50), 3 * -(-90 // 50)
+    assert logged.count("elbo_train") == n_train + 3
+    assert logged.count("elbo_validation") >= 2 * n_validation  # before the first epoch too
+    assert fast.history.keys() == stock.history.keys()
+    for name, curve in stock.history.items():
+        np.testing.assert_allclose(
+            fast.history[name].to_numpy(dtype=float),
+            curve.to_numpy(dtype=float),
+            rtol=1e-4,
+            err_msg=name,
+        )
+        assert len(curve) == 3 or name == "kl_weight"
