@@ -62,6 +62,12 @@ def canonical(csr: Tensor) -> Tensor:
     return torch.sparse_csr_tensor(*parts, size=csr.shape, check_invariants=False)
 
 
+def _has_no_one_hots(module: Any) -> bool:
+    """Whether ``generative`` is known to make no one-hot matrix: looking out for it costs time."""
+    by_gene = getattr(module, "dispersion", None) in ("gene", "gene-cell")
+    return by_gene and getattr(module, "use_observed_lib_size", False)
+
+
 @functools.cache
 def fused_module_class(stock_class: type) -> type:
     """Make the subclass of a module's class in which the decoder's outputs are lazy."""
@@ -71,7 +77,7 @@ def fused_module_class(stock_class: type) -> type:
     def generative(self: Any, *args: Any, **kwargs: Any) -> Any:
         token = lazy_outputs.set(True)
         try:
-            with LazyOneHots():
+            with contextlib.nullcontext() if _has_no_one_hots(self) else LazyOneHots():
                 outputs = stock_class.generative(self, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             lazy_outputs.reset(token)
