@@ -38,7 +38,10 @@ __all__ = [
 _METADATA = frozenset(
     [
         getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_mps", "is_sparse")
+        for name in (
+            *("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_mps"),
+            *("is_sparse", "is_sparse_csr"),
+        )
     ]
     + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__]
 )
@@ -172,10 +175,14 @@ class LazyCounts(LazyTensor):
             return self._with_values(self.csr.values().log1p())
         if func is torch.nn.functional.linear and args[0] is self:
             return self._linear(*args[1:], **kwargs)
-        if summed_dim(func, args, kwargs) == 1:
+        kept = {k: v for k, v in kwargs.items() if k != "keepdim"}
+        if summed_dim(func, args, kept) == 1:
             # One after the other, where a dense sum is pairwise: in float64, to be as accurate.
             values, crow = self.csr.values().double(), self.csr.crow_indices().long()
-            return torch.segment_reduce(values, "sum", offsets=crow).to(self.dtype)
+            sums = torch.segment_reduce(values, "sum", offsets=crow).to(self.dtype)
+            return sums[:, None] if kwargs.get("keepdim") else sums
+        if func is Tensor.float and self.dtype == torch.float32:
+            return self
         if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.device):
             moved = self.csr.to(*args[1:], **kwargs)
             return self if moved is self.csr else LazyCounts.of(moved)

@@ -652,8 +652,16 @@ def test_upstream_gradient_that_is_no_number(upstream, reduction):
     assert not any(t.grad.isfinite().all() for t in leaves.values())
 
 
-def test_varying_upstream_gradient_recomputes(calls):
-    problem = make(n=20, genes=50)
+@pytest.mark.parametrize("which", ["random", "the last", "the first", "by sample", "by cell"])
+def test_varying_upstream_gradient_recomputes(which, calls):
+    problem = make(n=20, genes=50, **({"samples": 2} if which.startswith("by") else {}))
+    if which == "by sample":
+        problem.upstream = torch.tensor([[1.0], [2.0]]).expand(2, 20)
+    elif which == "by cell":
+        problem.upstream = torch.arange(20.0).expand(2, 20)
+    elif which != "random":
+        problem.upstream = torch.ones(20)
+        problem.upstream[-1 if which == "the last" else 0] = 2.0
     got = run(problem)
     names = sorted(set(problem.tensors) - {"library"})
     assert calls == [(False, names), (True, names)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anndata
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..lazy import LazyCounts
 from .module import canonical, is_csr
 
+#: Of scvi-tools 1.5.
+_ANNBATCH: Any = getattr(dataloaders, "AnnbatchDataModule", ())
 _SPARSE = (sparse.spmatrix, sparse.sparray, anndata.abc.CSRDataset, anndata.abc.CSCDataset)
 
 
@@ -84,6 +87,42 @@ def _keep_csr(dataset: Any) -> None:
     if stored and all(isinstance(data, kinds) for data in stored):
         _silence_torch_about_csr()
         dataset.load_sparse_tensor = True
+
+
+@contextmanager
+def csr_batches(datamodule: Any) -> Iterator[None]:
+    """Have scvi-tools' data module of annbatch (zarr on disk) not make CSR mini-batches dense."""
+    if not isinstance(datamodule, _ANNBATCH):
+        yield
+        return
+    make = datamodule.on_before_batch_transfer
+
+    def on_before_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
+        trainer, x = datamodule.trainer, batch["X"]
+        if sparse.issparse(x) and x.format == "csr":
+            crow, col, values = map(torch.from_numpy, (x.indptr, x.indices, x.data))
+            x = torch.sparse_csr_tensor(crow, col, values, size=x.shape, check_invariants=False)
+        compiled = hasattr(trainer.lightning_module.module, "_orig_mod")
+        if is_csr(x) and trainer.strategy.root_device.type != "mps" and not compiled:
+            batch = {**batch, "X": LazyCounts.of(canonical(x.float()))}
+        return make(batch, dataloader_idx)
+
+    _silence_torch_about_csr()
+    with replaced(datamodule, on_before_batch_transfer=on_before_batch_transfer):
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give something attributes of its own for a while."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(before)
 
 
 class FusedAnnDataLoader(dataloaders.AnnDataLoader):

@@ -6,15 +6,14 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from scvi import train
 from torchmetrics import Metric
 
 from .cuda_graph import GraphedPlan, supports_graphs
-from .data import FUSED_SPLITTERS
+from .data import FUSED_SPLITTERS, csr_batches, replaced
 from .module import takes_csr
 
 
@@ -63,19 +62,6 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
     return FusedTrainingPlan
 
 
-@contextmanager
-def _replaced(model: Any, **attributes: Any) -> Iterator[None]:
-    """Give a model attributes of its own for a while."""
-    before = {name: vars(model)[name] for name in attributes if name in vars(model)}
-    vars(model).update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del vars(model)[name]
-        vars(model).update(before)
-
-
 class FusedTrain:
     """``model.train`` of a fused model: that of its class, its parts replaced by fused ones."""
 
@@ -99,6 +85,7 @@ class FusedTrain:
                 stacklevel=2,
             )
         splitter = FUSED_SPLITTERS.get(getattr(model, "_data_splitter_cls", object))
+        datamodule = None
         if splitter is not None and takes_csr(model.module):
             said = {**inspect.signature(stock).bind(*args, **kwargs).arguments, **kwargs}
             options = dict(said.get("datasplitter_kwargs") or {})
@@ -109,5 +96,6 @@ class FusedTrain:
                 kwargs["datasplitter_kwargs"] = options
             if wanted:
                 parts["_data_splitter_cls"] = splitter
-        with _replaced(model, **parts):
+                datamodule = said.get("datamodule")
+        with replaced(model, **parts), csr_batches(datamodule):
             return stock(*args, **kwargs)
