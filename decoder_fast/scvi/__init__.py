@@ -67,7 +67,8 @@ def fuse(model: _Model) -> _Model:
     Counts that AnnData holds as a ``scipy.sparse.csr_matrix``, in memory or on disk
     (``backed="r"``), stay CSR from there to the loss, in training and in inference: no dense
     mini-batch is built, the encoder's first layer multiplies the non-zeros alone (on CPUs), and
-    duplicates are summed. So do CSR tensors of a ``datamodule`` of the user's own.
+    duplicates are summed. So do, in training, zarr stores read by annbatch (``AnnbatchDataModule``
+    of scvi-tools 1.5) and CSR tensors of a ``datamodule`` of the user's own.
     ``model.train(load_sparse_tensor=False)`` turns that off. Dense mini-batches remain for CSC, for
     MULTIVI and ContrastiveVI, on MPS, and where a module is fused instead of its model.
 
