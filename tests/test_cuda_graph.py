@@ -170,10 +170,11 @@ class Losses(lightning.pytorch.Callback):
 
 def test_losses_that_callbacks_keep(atlas, recorder):
     losses = Losses(), Losses()
+    validates = torch.distributions.Distribution._validate_args
     trained(atlas, {"cuda_graph": True}, callbacks=[losses[0]])
     trained(atlas, callbacks=[losses[1]])
     torch.testing.assert_close(*(torch.stack(callback.of_steps) for callback in losses))
-    assert torch.distributions.Distribution._validate_args  # as before
+    assert torch.distributions.Distribution._validate_args == validates
 
 
 def test_another_learning_rate_is_recorded_anew(atlas, recorder):

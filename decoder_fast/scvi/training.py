@@ -51,7 +51,9 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
         def _optimizer_creator_fn(self, optimizer_cls: type) -> Any:
             # With gradient scaling Lightning refuses to clip gradients for fused optimizers.
             if self.device.type in ("cpu", "cuda") and self.trainer.precision == "32-true":
-                options = {"fused": True}
+                options = {}
+                if not hasattr(self, "fused_optimizer"):  # scvi-tools 1.5.1 has it, as an option
+                    options["fused"] = True
                 if cuda_graph and supports_graphs(self.device):
                     options["capturable"] = True
                 optimizer_cls = functools.partial(optimizer_cls, **options)  # type: ignore[assignment]
