@@ -195,6 +195,48 @@ def test_counts_in_another_form(atlas, recorder):
     assert recorder.replays
 
 
+class Owner:
+    """A plan's part: sums what a linear layer makes of the counts."""
+
+    def __init__(self):
+        self.module = torch.nn.Linear(5, 1)
+
+    def loss(self, batch, options):
+        assert batch["labels"] is None and batch["X"].layout is torch.strided
+        loss = options["weight"] * self.module(batch["X"]).sum()
+        return scvi.module.base.LossOutput(loss=loss, n_obs_minibatch=len(batch["X"]))
+
+
+@pytest.mark.parametrize("layout", ["dense", "csr"])
+def test_batches_of_a_data_module(recorder, layout):
+    """CSR tensors, parts that are missing, and a weight that is a Python number."""
+    torch.manual_seed(0)
+    owner = Owner()
+    plain = copy.deepcopy(owner)
+    adam = [torch.optim.Adam(o.module.parameters(), lr=0.1) for o in (owner, plain)]
+    graph = cuda_graph.StepGraph(owner.loss, adam[0])
+    for i in range(cuda_graph.WARM_UP + 4):
+        x = torch.poisson(torch.full((4, 5), 0.7))
+        options = {"weight": 1.0 + i}
+        handed = x.to_sparse_csr() if layout == "csr" else x
+        output = graph({"X": handed, "labels": None}, dict(options))
+        assert (output is None) == (i < cuda_graph.WARM_UP)
+        expected = plain.loss({"X": x, "labels": None}, options)
+        adam[1].zero_grad()
+        expected.loss.backward()
+        adam[1].step()
+        if output is None:  # as usual then
+            owner.module.load_state_dict(plain.module.state_dict())
+            adam[0].load_state_dict(copy.deepcopy(adam[1].state_dict()))
+        else:
+            torch.testing.assert_close(output.loss, expected.loss.detach())
+        for mine, theirs in zip(
+            owner.module.parameters(), plain.module.parameters(), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+    assert recorder.replays == 4
+
+
 def test_a_recording_that_fails(atlas, recorder, monkeypatch):
     def fails(step):
         step()  # half of it is done

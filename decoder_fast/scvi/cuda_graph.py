@@ -19,7 +19,8 @@ import torch
 from scvi import train
 from torch import Tensor
 
-from ..lazy import real
+from ..lazy import LazyCounts, real
+from .module import canonical, is_csr
 
 #: Steps run as usual before one is recorded: kernels get compiled, libraries get their memory.
 WARM_UP = 3
@@ -79,17 +80,17 @@ class StepGraph:
         self._recorded: tuple[Hashable, ...] | None = None
         self._replay: Callable[[], None] = lambda: None
         self._output: Any = None
-        self._batch: dict[str, Tensor] = {}
+        self._batch: dict[str, Tensor | None] = {}
         self._options: dict[str, Any] = {}
         self._failed = False
 
-    def __call__(self, batch: dict[str, Tensor], options: dict[str, Any]) -> Any:
+    def __call__(self, batch: dict[str, Tensor | None], options: dict[str, Any]) -> Any:
         """Take one step.
 
         Parameters
         ----------
         batch
-            A mini-batch as scvi-tools' loaders make it.
+            A mini-batch as scvi-tools' loaders make it: tensors, None for what there is not.
         options
             Options of the loss. Numbers that are not whole may change from step to step.
 
@@ -101,12 +102,15 @@ class StepGraph:
         """
         if self._failed:
             return None
-        device = next(value.device for value in batch.values())
+        device = next(value.device for value in batch.values() if value is not None)
         options = {
             key: torch.tensor(value, device=device) if isinstance(value, float) else value
             for key, value in options.items()
         }
-        shapes = tuple((key, tuple(value.shape), value.dtype) for key, value in batch.items())
+        shapes = tuple(
+            (key, value if value is None else (tuple(value.shape), value.dtype))
+            for key, value in batch.items()
+        )
         constants = (
             *((key, v) for key, v in options.items() if not isinstance(v, Tensor)),
             *(group["lr"] for group in self._optimizer.param_groups),
@@ -132,17 +136,22 @@ class StepGraph:
         self._replay()
         return self._output
 
-    def _fill(self, batch: dict[str, Tensor], options: dict[str, Any]) -> None:
+    def _fill(self, batch: dict[str, Tensor | None], options: dict[str, Any]) -> None:
         for key, value in batch.items():
-            self._batch[key].copy_(real(value))  # counts in CSR become dense on the device
+            to = self._batch[key]
+            if value is not None and to is not None:
+                # Counts in CSR become dense on the device.
+                to.copy_(real(LazyCounts.of(canonical(value)) if is_csr(value) else value))
         for key, value in options.items():
             if isinstance(value, Tensor):
                 self._options[key].copy_(value)
 
-    def _record(self, batch: dict[str, Tensor], options: dict[str, Any]) -> None:
+    def _record(self, batch: dict[str, Tensor | None], options: dict[str, Any]) -> None:
         self.release()
         self._batch = {
-            key: torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            key: value
+            if value is None
+            else torch.empty(value.shape, dtype=value.dtype, device=value.device)
             for key, value in batch.items()
         }
         self._options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
