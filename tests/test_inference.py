@@ -15,6 +15,7 @@ import torch
 
 scvi = pytest.importorskip("scvi", reason="the methods are those of scvi-tools' models")
 
+from scvi.model.base import RNASeqMixin  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from decoder_fast import fuse, unfuse  # noqa: E402
@@ -310,17 +311,104 @@ def test_differential_expression(atlas, answered, kind, said):
             assert (a == b).all(), name
 
 
-def test_importance_weights_are_left_to_scvi_tools(atlas, answered):
+@pytest.fixture
+def weights(monkeypatch):
+    """The importance weights that were computed."""
+    computed = []
+    stock = RNASeqMixin.get_importance_weights
+
+    def get_importance_weights(self, *args, **kwargs):
+        computed.append(stock(self, *args, **kwargs))
+        return computed[-1]
+
+    monkeypatch.setattr(RNASeqMixin, "get_importance_weights", get_importance_weights)
+    return computed
+
+
+def assert_same_weights(weights):
+    stock, ours = weights
+    assert stock.shape == ours.shape and stock.dtype == ours.dtype
+    assert (stock > 1e-20).sum() > 3, "one sample has all the weight: this tests nothing"
+    np.testing.assert_allclose(ours, stock, rtol=5e-3, atol=1e-20)
+    weights.clear()
+
+
+IMPORTANCE = {
+    **{"weights": "importance", "return_numpy": True, "batch_size": 16},
+    **{"n_mc_samples": 8, "n_mc_samples_per_pass": 4},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_importance_weights(atlas, answered, weights, kind):
+    model = make(atlas, **MODELS[kind])
+    model.adata.X[2] = 0  # a cell without counts
+    genes = list(model.adata.var_names[3:9])
+    if model.module.gene_likelihood not in ("nb", "zinb"):
+        for change in (unfuse, fuse):
+            with pytest.raises((TypeError, AttributeError)):  # scvi-tools has no others
+                change(model).get_normalized_expression(
+                    indices=np.arange(40), n_samples_overall=90, **IMPORTANCE
+                )
+        return
+    for said in (
+        {"indices": np.arange(40), "n_samples_overall": 90},  # three samples of a cell
+        {"indices": np.arange(N), "n_samples_overall": 30, "max_cells": 21, "truncation": True},
+        {"indices": np.arange(40), "n_samples_overall": 30, "library_size": "latent"},
+        {"indices": np.arange(40), "n_samples_overall": 90, "gene_list": genes},
+        {"indices": np.arange(40), "n_samples_overall": 30, "transform_batch": "batch_1"},
+    ):
+        answered.clear()
+        with np.errstate(all="ignore"):
+            assert_same(
+                *both(model, lambda m, said=said: m.get_normalized_expression(**IMPORTANCE, **said))
+            )
+        assert answered == ["get_normalized_expression"]
+        assert_same_weights(weights)
+
+
+def test_importance_weights_without_traces(atlas, answered, weights, monkeypatch):
+    """Of distributions that are not made of lazy outputs."""
+    monkeypatch.setattr(inference.CellsLikelihood, "of", lambda distributions: None)
     model = make(atlas)
+    for n_samples in (30, 90):
+        said = {"indices": np.arange(40), "n_samples_overall": n_samples}
+        assert_same(
+            *both(model, lambda m, said=said: m.get_normalized_expression(**IMPORTANCE, **said))
+        )
+        assert_same_weights(weights)
+    assert len(answered) == 2
+
+
+def test_importance_weights_that_are_left_to_scvi_tools(atlas, answered):
+    model = make(atlas)
+    said = {"indices": np.arange(20), "n_samples_overall": 30, **IMPORTANCE}
+    stock, ours = both(model, lambda m: m.get_normalized_expression(library_size=1e4, **said))
+    assert_same(stock, ours)
+    batches = list(model.adata.obs["batch"].cat.categories[:2])
+    for change in (unfuse, fuse):
+        with pytest.raises(NotImplementedError, match="averaged across batches"):
+            change(model).get_normalized_expression(transform_batch=batches, **said)
+    assert not answered
+
+
+def test_importance_weights_in_differential_expression(atlas, answered):
+    model = make(atlas)
+    options = {k: IMPORTANCE[k] for k in ("n_mc_samples", "n_mc_samples_per_pass")}
     stock, ours = both(
         model,
-        lambda m: m.get_normalized_expression(
-            **{"indices": np.arange(20), "n_samples_overall": 30, "weights": "importance"},
-            **{"n_mc_samples": 20, "n_mc_samples_per_pass": 10, "return_numpy": True},
+        lambda m: m.differential_expression(
+            **{"groupby": "cell_type", "mode": "change", "silent": True, "weights": "importance"},
+            **{"n_samples_overall": 300, "importance_weighting_kwargs": options},
         ),
     )
-    assert not answered
-    assert_same(stock, ours)
+    assert len(answered) == 4  # two groups against the rest
+    stock, ours = (
+        table.rename_axis("gene").reset_index().sort_values(["gene", "comparison"])
+        for table in (stock, ours)
+    )
+    for name in ("scale1", "scale2", "lfc_mean"):
+        assert_same(stock[name].to_numpy(), ours[name].to_numpy(), 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["SCANVI", "AUTOZI"])
@@ -492,6 +580,14 @@ def large():
             30 * GENES,
         ),
         (
+            lambda m: m.get_normalized_expression(
+                **{"indices": np.arange(2 * CELLS), "n_samples_overall": 10 * CELLS},
+                **{"gene_list": list(m.adata.var_names[:5]), "max_cells": 3},
+                **{**IMPORTANCE, "batch_size": CELLS},
+            ),
+            10 * CELLS * 5,
+        ),
+        (
             lambda m: m.get_likelihood_parameters(
                 n_samples=SAMPLES, give_mean=True, batch_size=CELLS
             ),
@@ -506,7 +602,10 @@ def large():
             0,
         ),
     ],
-    ids=["genes", "all genes", "overall, genes", "overall", "parameters", "error", "elbo", "ll"],
+    ids=[
+        *("genes", "all genes", "overall, genes", "overall", "importance", "parameters"),
+        *("error", "elbo", "ll"),
+    ],
 )
 def test_samples_by_cells_by_genes_are_nowhere(large, monkeypatch, ask, answer):
     # All samples of five genes at once, but one sample of all genes.

@@ -10,7 +10,7 @@ from scvi import distributions as scvi_distributions
 from torch import Tensor
 
 from ..lazy import LazyExp, LazyExpanded, LazyRows, LazyTensor, real, summed_dim
-from .decoder import LazyOutput
+from .decoder import Decoded, LazyOutput
 
 
 def _dispersion(theta: Tensor) -> dict[str, Any] | None:
@@ -29,10 +29,13 @@ def _dispersion(theta: Tensor) -> dict[str, Any] | None:
     return None
 
 
-def reconstruction_loss(
-    x: Tensor, likelihood: str, mean: Any, theta: Any, zi_logits: Any
-) -> Tensor | None:
-    """Compute the loss of each cell from lazy parameters; None if they cannot be traced back."""
+def _traced(
+    likelihood: str, mean: Any, theta: Any, zi_logits: Any
+) -> tuple[Decoded, dict[str, Any]] | None:
+    """Trace lazy parameters to what the decoder computed, and to the arguments of ``hidden_loss``.
+
+    None if they cannot be traced back.
+    """
     if not isinstance(mean, LazyOutput) or mean.output != "px_rate":
         return None
     decoded = mean.decoded
@@ -43,21 +46,89 @@ def reconstruction_loss(
         and zi_logits.decoded.hidden.data_ptr() == decoded.hidden.data_ptr()
     ):
         return None
-    if x.dim() != 2 or x.shape != mean.shape[-2:]:
-        return None
     if likelihood == "poisson":
-        dispersion: dict[str, Any] | None = {
-            "dispersion": "gene",
-            "px_r": None,
-            "px_r_index": None,
-        }
-    else:
-        dispersion = _dispersion(theta)
-    if dispersion is None:
+        return decoded, {"dispersion": "gene", "px_r": None, "px_r_index": None}
+    dispersion = _dispersion(theta)
+    return None if dispersion is None else (decoded, dispersion)
+
+
+def reconstruction_loss(
+    x: Tensor, likelihood: str, mean: Any, theta: Any, zi_logits: Any
+) -> Tensor | None:
+    """Compute the loss of each cell from lazy parameters; None if they cannot be traced back."""
+    traced = _traced(likelihood, mean, theta, zi_logits)
+    if traced is None or x.dim() != 2 or x.shape != mean.shape[-2:]:
         return None
+    decoded, dispersion = traced
     return decoded.decoder.hidden_loss(
         getattr(x, "csr", x), decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
     )
+
+
+class CellsLikelihood:
+    """Likelihood of one cell's counts given each of many decoded cells, scaled to its library size.
+
+    For scvi-tools' ``get_importance_weights``, in the place of the (zero-inflated) negative
+    binomial of all decoded cells: it sets ``mu = scale * library size`` for one cell of counts
+    after the other, and sums ``log_prob`` over genes. Of decoded cells hidden units are kept alone.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self, likelihood: str, decoded: list[Decoded], dispersions: list[dict[str, Any]]
+    ) -> None:
+        self.likelihood = likelihood
+        self.decoder = decoded[0].decoder
+        self.dispersion = dispersions[0]
+        self.mu = torch.ones(1)
+        hidden = torch.cat([d.hidden for d in decoded], -2)
+        self.shape = hidden.shape[:-1]  # (cells,) or (samples, cells)
+        rows = hidden.reshape(-1, 1, hidden.shape[-1])
+        if self.dispersion["px_r_index"] is None:
+            self.parts = [(slice(None), rows, self.dispersion["px_r"])]
+        else:
+            labels = torch.cat([d["px_r_index"] for d in dispersions])
+            labels = labels.expand(self.shape).reshape(-1)
+            self.parts = [
+                (labels == label, rows[labels == label], self.dispersion["px_r"][:, label])
+                for label in labels.unique()
+            ]
+
+    @classmethod
+    def of(cls, distributions: list[Any]) -> CellsLikelihood | None:
+        """Make one from mini-batches' distributions; None if they cannot be traced back."""
+        decoded, dispersions = [], []
+        for px in distributions:
+            traced = (
+                _traced(px.likelihood, *px._parameters())
+                if isinstance(px, _FusedDistribution)
+                else None
+            )
+            if traced is None or px.likelihood not in ("nb", "zinb"):
+                return None
+            decoded.append(traced[0])
+            dispersions.append(traced[1])
+        return cls(distributions[0].likelihood, decoded, dispersions) if decoded else None
+
+    def __deepcopy__(self, memo: Any) -> CellsLikelihood:
+        return self  # scvi-tools copies it to the model's device, where it is already
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-likelihood of counts (1, G) given each cell, (..., cells, 1): summed over genes."""
+        out = self.parts[0][1].new_empty(self.shape.numel())
+        dispersion = self.dispersion["dispersion"]
+        for where, hidden, px_r in self.parts:
+            out[where] = self.decoder.hidden_loss(
+                getattr(x, "csr", x),
+                hidden,
+                self.mu.log().reshape(1, 1, 1),
+                likelihood=self.likelihood,
+                dispersion="gene-cell" if dispersion == "gene-cell" else "gene",
+                px_r=px_r,
+                px_r_index=None,
+            ).squeeze(-1)
+        return out.neg_().reshape(*self.shape, 1)
 
 
 class LazyLogProb(LazyTensor):
@@ -108,10 +179,14 @@ class _FusedDistribution:
         name = {"mu": self._names[0], "scale": self._normalized}.get(key)
         return super().get_normalized(key) if name is None else self.__dict__[name]  # type: ignore[misc]
 
+    def _parameters(self) -> tuple[Any, Any, Any]:
+        """Mean, theta and dropout logits as they are, lazy or not."""
+        mean, theta, zi_logits = (None if n is None else vars(self).get(n) for n in self._names)
+        return mean, theta, zi_logits
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-likelihood of each element, computed only if more than its sum is asked for."""
-        raw = self.__dict__
-        mean, theta, zi_logits = (None if n is None else raw.get(n) for n in self._names)
+        mean, theta, zi_logits = self._parameters()
         if not isinstance(mean, LazyOutput) or value.shape != mean.shape[-2:]:
             return self.elementwise_log_prob(value)
 

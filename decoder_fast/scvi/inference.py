@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scvi.distributions._utils import DistributionConcatenator
 from scvi.model.base import RNASeqMixin
 from scvi.utils import track
 from torch import Tensor
 
 from ..lazy import LazyExpanded, real, rows, samples
+from .distributions import CellsLikelihood
 from .module import FusedModule
 
 _NUMBERS = (int, float, np.integer, np.floating)
@@ -80,8 +82,9 @@ class FusedNormalizedExpression(FusedMethod):
 
     def covers(self, model: Any, said: Any) -> bool:
         """Whether means over samples, or samples of any cells, are wanted."""
+        weighted = said.weights == "importance"
         if (
-            said.weights not in (None, "uniform")
+            not (said.weights in (None, "uniform") or weighted)
             or not (said.library_size == "latent" or isinstance(said.library_size, _NUMBERS))
             or not isinstance(said.n_samples, int)
         ):
@@ -92,7 +95,19 @@ class FusedNormalizedExpression(FusedMethod):
             return said.n_samples > 1 and bool(said.return_mean) and loads
         # The cells are counted before they are loaded.
         counted = said.dataloader is None and not said.data_loader_kwargs
+        if weighted and not self._weighs(model, said):
+            return False
         return said.n_samples == 1 and counted
+
+    def _weighs(self, model: Any, said: Any) -> bool:
+        """Whether importance weights are those that :class:`CellsLikelihood` is for."""
+        return (
+            type(model).get_importance_weights is RNASeqMixin.get_importance_weights
+            and getattr(model.module, "gene_likelihood", None) in ("nb", "zinb")
+            # scvi-tools refuses several batches, and other sizes change its weights.
+            and np.size(said.transform_batch) == 1
+            and said.library_size in (1, "latent")
+        )
 
     def answer(self, model: Any, said: Any) -> Any:
         """Average over the samples of each cell, or take some samples of any cells."""
@@ -120,7 +135,7 @@ class FusedNormalizedExpression(FusedMethod):
             """For each mini-batch, expression under each of the batches."""
             for tensors in loader:
                 yield (
-                    _expression(model, tensors, n_samples, batch, latent)
+                    _normalized(_decoded(model, tensors, n_samples, batch)[1], latent)
                     for batch in track(batches, disable=said.silent)
                 )
 
@@ -133,10 +148,18 @@ class FusedNormalizedExpression(FusedMethod):
         else:
             assert index is not None
             n_samples = said.n_samples_overall // len(indices) + 1
+            mini_batches, p = decoded(n_samples), None
+            if said.weights == "importance":
+                (batch,) = batches
+                kept = _Weighted(model, n_samples)
+                for tensors in loader:
+                    kept.add(tensors, batch, latent)
+                p = kept.weights(adata, indices, said.importance_weighting_kwargs)
+                mini_batches = (iter([expression]) for expression in kept.expressions)
             # scvi-tools draws after it has decoded all samples of all cells. Nothing else draws
             # from NumPy meanwhile, so that the same are drawn here before, and decoded alone.
-            drawn = np.random.choice(n_samples * len(index), said.n_samples_overall)  # noqa: NPY002
-            values = _sum_of_batches(decoded(n_samples), drawn, len(index), genes)
+            drawn = np.random.choice(n_samples * len(index), said.n_samples_overall, p=p)  # noqa: NPY002
+            values = _sum_of_batches(mini_batches, drawn, len(index), genes)
             values /= len(batches)
         if not latent:
             values *= said.library_size
@@ -195,16 +218,58 @@ FUSED_METHODS: tuple[type[FusedMethod], ...] = (
 )
 
 
-def _expression(model: Any, tensors: Any, n_samples: int, batch: Any, latent: bool) -> Tensor:
-    """Expression of a mini-batch, (S, N, G) or (N, G): lazy, if the model has lazy outputs."""
-    _, outputs = model.module.forward(
+def _decoded(model: Any, tensors: Any, n_samples: int, batch: Any) -> tuple[Any, Any]:
+    """Infer a mini-batch; return what was inferred, and the distribution decoded from it."""
+    inferred, generated = model.module.forward(
         tensors=tensors,
         inference_kwargs={"n_samples": n_samples},
         generative_kwargs=model._get_transform_batch_gen_kwargs(batch),
         compute_loss=False,
     )
-    px = outputs["px"]
+    return inferred, generated["px"]
+
+
+def _normalized(px: Any, latent: bool) -> Tensor:
+    """Expression, (S, N, G) or (N, G): lazy, if the model has lazy outputs."""
     return px if isinstance(px, Tensor) else px.get_normalized("mu" if latent else "scale")
+
+
+class _Weighted:
+    """Decoded cells, kept as hidden units until their importance weights are known."""
+
+    def __init__(self, model: Any, n_samples: int) -> None:
+        self.model = model
+        self.n_samples = n_samples
+        self.expressions: list[Tensor] = []
+        self.latents: list[Tensor] = []
+        self.posteriors = DistributionConcatenator()
+        self.decoded: list[Any] = []
+
+    def add(self, tensors: Any, batch: Any, latent: bool) -> None:
+        """Decode a mini-batch."""
+        inferred, px = _decoded(self.model, tensors, self.n_samples, batch)
+        self.expressions.append(_normalized(px, latent))
+        self.latents.append(inferred["z"].cpu())
+        self.posteriors.store_distribution(inferred["qz"])
+        self.decoded.append(px)
+
+    def weights(self, adata: Any, indices: Any, options: Any) -> Any:
+        """Have scvi-tools weigh all samples of all cells."""
+        axis = 1 if self.n_samples > 1 else 0
+        px: Any = CellsLikelihood.of(self.decoded)
+        if px is None:
+            stored = DistributionConcatenator()
+            for one in self.decoded:
+                stored.store_distribution(one)
+            px = stored.get_concatenated_distributions(axis=axis)
+        return self.model.get_importance_weights(
+            adata,
+            indices,
+            qz=self.posteriors.get_concatenated_distributions(axis=0),
+            px=px,
+            zs=torch.cat(self.latents, axis),
+            **options,
+        )
 
 
 def _of_genes(value: Tensor, genes: np.ndarray | None) -> Tensor:
