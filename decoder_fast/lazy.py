@@ -51,6 +51,7 @@ class LazyTensor(Tensor):
     """A tensor of known shape, computed by :meth:`compute` when its values are first needed."""
 
     _value: Tensor | None
+    _version_then: int  # of the values, when they were computed
     _grad_enabled: bool
 
     @staticmethod
@@ -80,7 +81,24 @@ class LazyTensor(Tensor):
         if self._value is None:
             with torch.set_grad_enabled(self._grad_enabled):
                 self._value = self.compute()
+            self._version_then = version(self._value)
         return self._value
+
+    def changed(self) -> bool:
+        """Whether what holds of the source may not hold of the values that were handed out.
+
+        They may have been changed in place, or their gradient be asked for.
+        """
+        value = self._value
+        if value is None:
+            return False
+        if value.is_inference():  # such have no version
+            return True
+        return (
+            value._version != self._version_then
+            or (value.requires_grad and value.is_leaf)
+            or value.retains_grad
+        )
 
     def samples(self, start: int, stop: int) -> Tensor:
         """Return a slice of the first dimension, lazily where its values can be computed alone."""
@@ -103,7 +121,7 @@ class LazyTensor(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, LazyTensor):
+            if isinstance(leaf, LazyTensor) and not leaf.changed():
                 answer = leaf.intercept(func, args, kwargs)
                 if answer is not NotImplemented:
                     return answer
@@ -125,6 +143,11 @@ class LazyTensor(Tensor):
         return self.materialise().__deepcopy__(memo)
 
 
+def version(value: Tensor) -> int:
+    """Return what changes when a tensor is changed in place; nothing does in inference mode."""
+    return 0 if value.is_inference() else value._version
+
+
 def real(value: Any) -> Any:
     """Return the values of a lazy tensor, and anything else as it is."""
     return value.materialise() if isinstance(value, LazyTensor) else value
@@ -142,7 +165,7 @@ def rows(value: Tensor, index: Tensor) -> Tensor:
 
 def summed_dim(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> int | None:
     """Return the one dimension that ``func`` sums over; None if it does anything else."""
-    if func not in (torch.sum, Tensor.sum) or len(args) > 2 or set(kwargs) - {"dim"}:
+    if func not in (torch.sum, Tensor.sum) or len(args) not in (1, 2) or set(kwargs) - {"dim"}:
         return None
     dim = args[1] if len(args) == 2 else kwargs.get("dim")
     if isinstance(dim, (list, tuple)) and len(dim) == 1:
@@ -173,7 +196,7 @@ class LazyCounts(LazyTensor):
         """Answer what the encoder and the library size ask for from the non-zeros."""
         if func in (torch.log1p, Tensor.log1p) and not kwargs:
             return self._with_values(self.csr.values().log1p())
-        if func is torch.nn.functional.linear and args[0] is self:
+        if func is torch.nn.functional.linear and args and args[0] is self:
             return self._linear(*args[1:], **kwargs)
         kept = {k: v for k, v in kwargs.items() if k != "keepdim"}
         if summed_dim(func, args, kept) == 1:
@@ -218,7 +241,7 @@ class LazyColumns(LazyTensor):
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         """Multiply each matrix by its columns of a weight."""
-        if func is torch.nn.functional.linear and args[0] is self:
+        if func is torch.nn.functional.linear and args and args[0] is self:
             return self._linear(*args[1:], **kwargs)
         return concatenated(func, args, kwargs)
 
@@ -236,7 +259,7 @@ class LazyColumns(LazyTensor):
 
 def concatenated(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """Answer ``torch.cat`` of matrices along their columns lazily; NotImplemented for all else."""
-    if func is not torch.cat or set(kwargs) - {"dim"} or len(args) + len(kwargs) != 2:
+    if func is not torch.cat or set(kwargs) - {"dim"} or not args or len(args) + len(kwargs) != 2:
         return NotImplemented
     parts, dim = args[0], args[1] if len(args) == 2 else kwargs["dim"]
     if dim not in (1, -1) or any(part.dim() != 2 for part in parts):

@@ -77,6 +77,20 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+class _Refused(torch.autograd.Function):
+    """Gradients that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Any) -> Any:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "decoder_fast's operations can be differentiated once, and this is a second derivative"
+        )
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a second derivative an error.
 
@@ -90,10 +104,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        message = (
-            "decoder_fast's operations can be differentiated once, and this is a second derivative"
-        )
-        refuse: Any = torch._C._functions.DelayedError(message, len(outputs))  # type: ignore[attr-defined]
-        return refuse(*(g if g is None else g.detach().requires_grad_() for g in outputs))
+        # Tied to all that the gradients depend on: torch prunes what does not lead to the inputs
+        # it is asked about, and would take gradients that are leaves for constants.
+        on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return _Refused.apply(len(outputs), *outputs, *on)
 
     return wrapper

@@ -43,6 +43,11 @@ _Model = TypeVar("_Model")
 
 def _modules(model: Any) -> nn.Module:
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if module is None and hasattr(model, "train") and hasattr(model, "module"):
+        raise ValueError(
+            f"this {type(model).__name__} has no module before train(datamodule=...) makes it: "
+            "fuse it afterwards, or give its constructor the data module's registry"
+        )
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"expected a scvi-tools model (with a .module) or a torch module, got "

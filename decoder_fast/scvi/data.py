@@ -14,7 +14,7 @@ from scipy import sparse
 from scvi import dataloaders
 from torch import Tensor
 
-from ..lazy import LazyCounts
+from ..lazy import LazyCounts, version
 from .module import canonical, is_csr
 
 #: Of scvi-tools 1.5.
@@ -66,7 +66,7 @@ class _FusedSplitter:
             return counts
         # torch.compile's graphs would break at a lazy tensor, but let an attribute pass.
         dense = counts.materialise()
-        dense.csr = csr  # type: ignore[attr-defined]
+        dense.csr, dense.version = csr, version(dense)  # type: ignore[attr-defined]
         return dense
 
 
@@ -130,11 +130,14 @@ class FusedAnnDataLoader(dataloaders.AnnDataLoader):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _keep_csr(self.dataset.dataset)
+        # What is asked for by name is handed over as it is.
+        self._as_asked = bool(kwargs.get("iter_ndarray") or kwargs.get("load_sparse_tensor"))
+        if not self._as_asked:
+            _keep_csr(self.dataset.dataset)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():
-            yield _each(batch, lambda csr: LazyCounts.of(canonical(csr)))
+            yield batch if self._as_asked else _each(batch, lambda t: LazyCounts.of(canonical(t)))
 
 
 class FusedDataSplitter(_FusedSplitter, dataloaders.DataSplitter):

@@ -94,7 +94,7 @@ class LazyOutput(LazyTensor):
         """Stay lazy where models and distributions only pass outputs on."""
         if func is torch.exp and self.output == "px_r":
             return LazyExp.of(self)
-        if func in (torch.split, Tensor.split) and args[0] is self:
+        if func in (torch.split, Tensor.split) and args and args[0] is self:
             return self._split(*args[1:], **kwargs)
         if func is Tensor.__getitem__ and args[0] is self:
             return self._of_genes(args[1])

@@ -9,7 +9,7 @@ import torch
 from scvi import distributions as scvi_distributions
 from torch import Tensor
 
-from ..lazy import LazyExp, LazyExpanded, LazyRows, LazyTensor, real, summed_dim
+from ..lazy import LazyExp, LazyExpanded, LazyRows, LazyTensor, real, summed_dim, version
 from .decoder import Decoded, LazyOutput
 
 
@@ -38,6 +38,8 @@ def _traced(
     """
     if not isinstance(mean, LazyOutput) or mean.output != "px_rate":
         return None
+    if any(isinstance(t, LazyTensor) and t.changed() for t in (mean, theta, zi_logits)):
+        return None
     decoded = mean.decoded
     if likelihood == "zinb" and not (
         isinstance(zi_logits, LazyOutput)
@@ -52,6 +54,19 @@ def _traced(
     return None if dispersion is None else (decoded, dispersion)
 
 
+def _counts(x: Tensor) -> Tensor | None:
+    """Return the counts as CSR if it is at hand; None if ``hidden_loss`` does not take them."""
+    csr: Tensor | None = getattr(x, "csr", None)
+    if isinstance(x, LazyTensor):
+        unchanged = not x.changed()
+    else:
+        unchanged = csr is not None and version(x) == x.version and not x.requires_grad  # type: ignore[attr-defined]
+    if csr is not None and unchanged:
+        return csr
+    x = real(x)
+    return None if x.requires_grad or x.dtype == torch.bool else x
+
+
 def reconstruction_loss(
     x: Tensor, likelihood: str, mean: Any, theta: Any, zi_logits: Any
 ) -> Tensor | None:
@@ -60,8 +75,11 @@ def reconstruction_loss(
     if traced is None or x.dim() != 2 or x.shape != mean.shape[-2:]:
         return None
     decoded, dispersion = traced
+    counts = _counts(x)
+    if counts is None:
+        return None
     return decoded.decoder.hidden_loss(
-        getattr(x, "csr", x), decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
+        counts, decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
     )
 
 

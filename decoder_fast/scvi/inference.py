@@ -42,6 +42,9 @@ class FusedMethod:
     def __init__(self, model: Any) -> None:
         functools.update_wrapper(self, types.MethodType(getattr(type(model), self.name), model))
 
+    def __reduce__(self) -> Any:
+        return type(self), (self.__wrapped__.__self__,)  # type: ignore[attr-defined]
+
     @classmethod
     def replaces(cls, model: Any) -> bool:
         """Whether the model's own method is the one that this one knows."""

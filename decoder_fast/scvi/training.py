@@ -59,9 +59,18 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
                 optimizer_cls = functools.partial(optimizer_cls, **options)  # type: ignore[assignment]
             return super()._optimizer_creator_fn(optimizer_cls)
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # The class was made at run time, so pickle cannot find it by name.
+            return _restore_plan, (stock_class, cuda_graph), self.__dict__
+
     FusedTrainingPlan.__doc__ = stock_class.__doc__
     FusedTrainingPlan.__name__ = FusedTrainingPlan.__qualname__ = f"Fused{stock_class.__name__}"
     return FusedTrainingPlan
+
+
+def _restore_plan(stock_class: type, cuda_graph: bool) -> Any:
+    cls: Any = _fused_training_plan(stock_class, cuda_graph)
+    return cls.__new__(cls)
 
 
 class FusedTrain:
@@ -71,6 +80,10 @@ class FusedTrain:
 
     def __init__(self, model: Any) -> None:
         functools.update_wrapper(self, types.MethodType(type(model).train, model))
+
+    def __reduce__(self) -> Any:
+        # A bound method is pickled by its name, and by that name the model has this.
+        return type(self), (self.__wrapped__.__self__,)  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any) -> Any:
         """Train the model; what the model's own ``train`` does not know is ``cuda_graph``."""
