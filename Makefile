@@ -4,7 +4,8 @@
 # make sanitize  tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench     scvi-tools, compiled scvi-tools and this package on your machine: bench-output/
 # make aot       the Triton kernels, compiled for many GPUs without one: bench/results/aot-*, costs.*
-# make gpu       everything that wants a GPU: tests, times and memory, in ten minutes
+# make gpu       everything that wants a GPU: tests, times and memory, in ten minutes;
+#                GPU_ARGS='--out folder' hands options over
 #
 # Each makes .venv first and installs into it what it needs; a second call finds it there.
 # PYTHON=python3.12 chooses the interpreter, VENV=folder another (also an existing) environment.
@@ -53,8 +54,8 @@ aot: $(VENV)/test.stamp $(OLD_TRITON).stamp
 # With PYTHON's own packages where they see a GPU: such machines often cannot install any.
 gpu:
 	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
-	then $(PYTHON) -m bench.gpu; \
-	else $(MAKE) $(VENV)/test.stamp && $(BIN)/python -m bench.gpu; fi
+	then $(PYTHON) -m bench.gpu $(GPU_ARGS); \
+	else $(MAKE) $(VENV)/test.stamp && $(BIN)/python -m bench.gpu $(GPU_ARGS); fi
 
 # torch goes first and by itself: without a pin pip may choose a build that is gigabytes larger.
 $(VENV)/torch.stamp:

@@ -5,7 +5,8 @@ GPU. First the tests of the Triton kernels run on the device; then each operatio
 decoder with its likelihood are held against float64, and timed against stock (scvi-tools, or the
 same formulas in plain PyTorch where it is not installed): eager, eager with tf32, compiled with
 tf32. What is wrong is not timed. Results are written as they come, to
-``bench/results/<device>-<date>.json``; table and plots are made from it.
+``bench/results/<device>-<date>.json``, or into the folder that ``OUT`` names in the environment;
+table and plots are made from it.
 
 Times are medians between CUDA events, of calls that take turns through several copies of their
 inputs, so that none is in the cache (compiled stock has one copy, to its advantage where that is
@@ -22,6 +23,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,14 +60,19 @@ from .timing import environment
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-#: Seconds after which nothing new is begun, and the share of them that the tests may take.
-BUDGET, TESTS_SHARE = 540.0, 0.3
+#: Seconds after which nothing new is begun, and the share of them that the tests may take. What
+#: has begun by then, and the plots, still end within ten minutes.
+BUDGET, TESTS_SHARE = 480.0, 0.34
 #: Below this a call is timed as a CUDA graph too: launching may take a large part of it.
 GRAPH_BELOW = 1e-3
 #: Seconds after which a timing stops, and its calls at least and at most.
 SECONDS_A_TIMING, CALLS = 0.12, (5, 60)
 Run = Callable[[], object]
 Row = dict[str, Any]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
 
 
 # The machine
@@ -183,7 +190,7 @@ def graph_seconds(machine: Machine, runs: list[Run]) -> float | str:
         replay = machine.capture(every)
     except RuntimeError as error:
         machine.synchronize()
-        return f"cannot be captured: {str(error).splitlines()[0][:120]}"
+        return f"cannot be captured: {_first_line(error)[:120]}"
     return seconds(machine, [replay]) / len(runs)
 
 
@@ -356,7 +363,7 @@ def _compiled(machine: Machine, case: Case) -> dict[str, Any]:
     try:
         return _time(machine, [case], lambda _: function)
     except Exception as error:  # the compiler's own affair, and no reason to stop
-        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+        return {"failed": f"{type(error).__name__}: {_first_line(error)[:200]}"}
 
 
 def training_step(shape: Shape, machine: Machine) -> Row:
@@ -404,42 +411,72 @@ def epoch(machine: Machine, quick: bool) -> Row:
     return {"part": "SCVI.train, an epoch", "shape": where, "times": times, "wrong": []}
 
 
-def run_tests(budget: float, quick: bool) -> dict[str, str]:
-    """Run the tests that use the device, all files at once: file to verdict."""
+def run_tests(budget: float, quick: bool) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Run the tests that use the device; return verdicts, and the ends of logs that matter."""
     files = sorted((ROOT / "tests").glob("test_*_triton.py"))
     if _found("scvi"):
         files.append(ROOT / "tests" / "test_cuda_graph.py")
+    # What only a GPU can run (graphs, streams, autocast) comes first, lest the time end before it;
+    # then all files at once.
+    alone = {"on a GPU alone": ["-m", "skipif", *map(str, files)]}
+    others = {file.name: ["-m", "not skipif", str(file)] for file in files}
     missing = [name for name in ("pytest", "hypothesis", "mpmath") if not _found(name)]
     if missing:
-        return dict.fromkeys((f.name for f in files), f"not run: no {', '.join(missing)} here")
+        return dict.fromkeys(alone | others, f"not run: no {', '.join(missing)} here"), {}
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    command += ["--collect-only"] * quick
+    command += ["-n", "4"] * _found("xdist") + ["--collect-only"] * quick
+    began = time.perf_counter()
+    verdicts: dict[str, str] = {}
+    logs: dict[str, list[str]] = {}
+    for together, share in ((alone, 0.6), (others, 1.0)):
+        for name, found in _pytest(command, together, began + share * budget).items():
+            verdicts[name], lines = found
+            if verdicts[name].startswith(("failed", "not finished")):
+                logs[name] = lines[-40:]
+                print("\n".join(logs[name]))
+    return verdicts, logs
+
+
+def _pytest(
+    command: list[str], selections: dict[str, list[str]], until: float
+) -> dict[str, tuple[str, list[str]]]:
+    """Run pytest on all selections at once: verdicts, and lines of the logs."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    until = time.perf_counter() + budget
-    running = {}
-    verdicts = {}
+    environment["PYTHONUNBUFFERED"] = "1"  # a log that ends early has all until then
+    running, found = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for file in files:
-            log = open(Path(folder) / file.name, "w+")
-            running[file.name] = log, subprocess.Popen(
-                [*command, str(file)], cwd=ROOT, env=environment, stdout=log, stderr=log
+        for name, selection in selections.items():
+            log = open(Path(folder) / name, "w+")
+            running[name] = log, subprocess.Popen(
+                [*command, *selection],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                # A shell has what runs in the background ignore it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         for name, (log, process) in running.items():
-            with log:
-                try:
-                    process.wait(max(1.0, until - time.perf_counter()))
-                except subprocess.TimeoutExpired:
+            late = not _ends(process, max(1.0, until - time.perf_counter()))
+            if late:
+                process.send_signal(signal.SIGINT)  # on which pytest tells what failed so far
+                if not _ends(process, 5.0):
                     process.kill()
                     process.wait()
-                    verdicts[name] = "not finished in time"
-                    continue
+            with log:
                 log.seek(0)
-                lines = log.read().strip().splitlines()
-                last = lines[-1] if lines else ""
-                verdicts[name] = last if process.returncode == 0 else f"failed: {last}"
-                if process.returncode != 0:
-                    print("\n".join(lines[-40:]))
-    return verdicts
+                lines = log.read().strip().splitlines() or [""]
+            verdict = "not finished in time: " if late else "failed: " * (process.returncode != 0)
+            found[name] = verdict + lines[-1], lines
+    return found
+
+
+def _ends(process: subprocess.Popen[bytes], within: float) -> bool:
+    try:
+        process.wait(within)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _found(package: str) -> bool:
@@ -503,66 +540,65 @@ def _quick(shape: Shape) -> Shape:
     )
 
 
-def run(machine: Machine, results: Results, budget: float, quick: bool) -> None:
+def run(machine: Machine, results: Results, began: float, budget: float, quick: bool) -> None:
     """Measure everything that there is time for."""
-    began = time.perf_counter()
 
     def left(share: float = 1.0) -> float:
         return share * budget - (time.perf_counter() - began)
 
-    verdicts = run_tests(left(TESTS_SHARE), quick)
-    results.content["tests"] = verdicts
-    for name, verdict in verdicts.items():
+    # A test that fails keeps nothing from being measured: what is wrong there is not timed.
+    results.content["tests"], results.content["test logs"] = run_tests(left(TESTS_SHARE), quick)
+    for name, verdict in results.content["tests"].items():
         print(f"{name}: {verdict}")
-    failed = {
-        name.removeprefix("test_").removesuffix("_triton.py")
-        for name, verdict in verdicts.items()
-        if verdict.startswith("failed")
-    }
-    results.content["peaks"] = peaks(machine, quick)
     results.write()
+    results.content["peaks"] = peaks(machine, quick)
+    lost = ""  # why the device can no longer be used
 
-    def attempt(what: str, needs: tuple[str, ...], make: Callable[[], Row]) -> None:
-        if bad := failed.intersection(needs):
-            return results.skip(what, f"the tests of {', '.join(sorted(bad))} fail")
-        if left() <= 0:
-            return results.skip(what, "out of time")
+    def attempt(what: str, make: Callable[[], Row]) -> None:
+        nonlocal lost
+        if lost or left() <= 0:
+            return results.skip(what, lost or "out of time")
         try:
             row = make()
+            for name in row["wrong"]:
+                tqdm.write(f"WRONG, and not timed: {what}: {name}: {row['errors'][name]}")
+            results.add(row)
         except Exception as error:  # one failure must not cost the other measurements
             results.content["failed"].append(what)
-            return results.skip(what, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        finally:
+            results.skip(what, f"{type(error).__name__}: {_first_line(error)}")
+        try:
+            machine.synchronize()
             machine.free()
-        for name in row["wrong"]:
-            tqdm.write(f"WRONG, and not timed: {what}: {name}: {row['errors'][name]}")
-        return results.add(row)
+        except RuntimeError as error:  # an assertion or a bad address, of which no GPU recovers
+            lost = f"the device failed at {what}: {_first_line(error)}"
+            results.content["failed"].append(lost)
 
     shapes = list(SHAPES.values())
     if quick:
         shapes = [_quick(SHAPES[name]) for name in ("tutorial", "hlca", "peaks", "montecarlo")]
-    both = PARTS["decoder and likelihood"][1]
-    attempt("training step", both, lambda: training_step(shapes[0], machine))
+    attempt("training step", lambda: training_step(shapes[0], machine))
     if _found("scvi"):
-        attempt("SCVI.train", both, lambda: epoch(machine, quick))
+        attempt("SCVI.train", lambda: epoch(machine, quick))
     else:
         results.skip("SCVI.train through fuse(model)", "scvi-tools is not installed here")
-    jobs = [(part, shape) for part in PARTS for shape in shapes]
+    # Should time run out, every part has its first shapes.
+    jobs = [(part, shape) for shape in shapes for part in PARTS]
     for part, shape in (bar := tqdm(jobs)):
         bar.set_description(f"{part}, {shape.name}")
-        attempt(
-            f"{part} at {shape.name}", PARTS[part][1], lambda: measure(part, shape, machine)
-        )
+        attempt(f"{part} at {shape.name}", lambda: measure(part, shape, machine))
     print(f"{budget - left():.0f} s")
 
 
 def main() -> None:
     """Run what the command line asks for."""
+    # Nearly when the process did: imports take the time of a processor.
+    began = time.perf_counter() - time.process_time()
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a rehearsal")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
-    parser.add_argument("--out", type=Path, help="folder; default: bench/results, if on a GPU")
+    where = "folder; default: $OUT, else bench/results, if on a GPU"
+    parser.add_argument("--out", type=Path, help=where, default=os.environ.get("OUT") or None)
     args = parser.parse_args()
     if args.out is None:
         args.out = RESULTS if args.device == "cuda" else Path(tempfile.mkdtemp())
@@ -580,13 +616,13 @@ def main() -> None:
     stem = re.sub(r"[^a-z0-9]+", "-", here.name.lower()).strip("-")
     file = args.out / f"{stem}-{about['environment']['date']}.json"
     results = Results(file, about)
-    run(here, results, args.budget, args.quick)
+    run(here, results, began, args.budget, args.quick)
     file.with_suffix(".md").write_text(text := report.gpu(results.content))
     print(text)
     written = [file, file.with_suffix(".md"), *report.gpu_plots(results.content, file)]
     print("written: " + ", ".join(map(str, written)))
     wrong = [name for row in results.content["rows"] for name in row["wrong"]]
-    failed = [v for v in results.content["tests"].values() if v.startswith("failed")]
+    failed = [v for v in results.content["tests"].values() if re.search(r"\bfailed", v)]
     if bad := [*wrong, *failed, *results.content["failed"]]:
         sys.exit(f"{len(bad)} wrong or failed: {'; '.join(bad)}")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,6 +291,80 @@ def test_the_rehearsal_measures_everything(tmp_path, monkeypatch):
             assert times["both" if "both" in times else "forward"] > 0
     text = file.with_suffix(".md").read_text()
     assert all(f"## {part}" in text for part in parts)
+
+
+@pytest.fixture
+def gpu(tmp_path, monkeypatch):
+    """``bench.gpu``, whose measurements cost nothing; each is noted, and may be made to fail."""
+    monkeypatch.syspath_prepend(ROOT)
+    gpu = importlib.import_module("bench.gpu")
+    noted = []
+
+    def measure(part, shape, machine):
+        noted.append((part, shape.name))
+        return {"part": part, "shape": shape.name, "times": {}, "wrong": []}
+
+    def run(measure=measure, tests=None, **of_machine):
+        machine = replace(gpu.machine("cpu"), **of_machine)
+        monkeypatch.setattr(gpu, "machine", lambda device: machine)
+        monkeypatch.setattr(gpu, "run_tests", lambda *_: (tests or {}, {}))
+        monkeypatch.setattr(gpu, "measure", measure)
+        monkeypatch.setattr(gpu, "training_step", lambda shape, _: measure("step", shape, _))
+        monkeypatch.setattr(gpu, "_found", lambda package: False)
+        monkeypatch.setattr(sys, "argv", ["bench.gpu", "--device", "cpu", "--quick"])
+        monkeypatch.setenv("OUT", str(tmp_path))
+        with pytest.raises(SystemExit, match="wrong or failed"):
+            gpu.main()
+        (file,) = tmp_path.glob("*.json")
+        assert file.with_suffix(".md").read_text()
+        return json.loads(file.read_text())
+
+    run.noted, run.measure = noted, measure
+    return run
+
+
+def test_tests_that_fail_keep_nothing_from_being_measured(gpu):
+    result = gpu(tests={"test_count_nll_triton.py": "failed: 1 failed, 2 passed"})
+    parts = ["count_nll", "decoder and likelihood", "covariate_linear", "softmax_library"]
+    assert [part for part, _ in gpu.noted][:6] == ["step", *parts, parts[0]]  # shape by shape
+    assert len(result["rows"]) == len(gpu.noted) == 1 + 4 * len(parts)
+
+
+def test_an_error_without_a_message(gpu):
+    def fails(part, shape, machine):
+        if part == "count_nll":
+            raise RuntimeError
+        return gpu.measure(part, shape, machine)
+
+    result = gpu(fails)
+    assert len(result["failed"]) == 4 and len(result["rows"]) == 1 + 4 * 3
+
+
+def test_a_device_that_is_lost_ends_the_measurements_but_not_the_report(gpu):
+    def synchronize():
+        if len(gpu.noted) > 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    result = gpu(synchronize=synchronize, free=synchronize)
+    assert len(result["rows"]) == len(gpu.noted) == 3
+    assert "illegal memory access" in result["skipped"][-1]["why"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_failed_is_told(tmp_path, monkeypatch, late):
+    """Also where the time ends before the tests do."""
+    monkeypatch.syspath_prepend(ROOT)
+    gpu = importlib.import_module("bench.gpu")
+    (tmp_path / "test_it.py").write_text(
+        "import time\n"
+        "def test_a():\n    assert 'this' == 'seen'\n"
+        f"def test_b():\n    time.sleep({60 * late})\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    until = time.perf_counter() + (4 if late else 60)
+    ((verdict, lines),) = gpu._pytest(command, {"it": [str(tmp_path)]}, until).values()
+    assert verdict.startswith("not finished in time: 1 failed" if late else "failed: 1 failed")
+    assert any("assert 'this' == 'seen'" in line for line in lines)
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])

@@ -594,6 +594,21 @@ def test_bfloat16_products(likelihood, dispersion, scale_activation, samples, n,
     assert_identical((nll, {k: grads[k] for k in wanted}), (nll, {k: got[1][k] for k in wanted}))
 
 
+def test_products_after_torchs_newer_setting():
+    """After it, torch refuses to answer in the words of the older one."""
+    problem = make("nb", "gene", "softmax", n=20, genes=33, hidden=16)
+    expected = run(problem)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert_identical(run(problem), expected)
+    finally:
+        matmul.fp32_precision = before
+
+
 # ---------------------------------------------------------------------------------------------
 # Autograd
 

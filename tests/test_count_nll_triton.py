@@ -326,7 +326,11 @@ def test_subsets_of_gradients(wanted, route, take, triton_device):
     some = evaluate(count_nll, x, parameters, torch.float32, wanted=wanted, **options)
     assert some.keys() == {"nll", *wanted}
     for name in wanted:
-        assert torch.equal(some[name], every[name])
+        if triton_device.type == "cpu":
+            assert torch.equal(some[name], every[name])
+        else:  # each subset is a kernel of its own, whose compiler may fuse other multiply-adds
+            floor = 1e-6 * every[name].abs().max().item()
+            torch.testing.assert_close(some[name], every[name], rtol=1e-6, atol=floor)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -496,6 +500,19 @@ def test_precision_follows_the_setting(setting, bound, kernels, triton_device, m
     assert 1e-6 < errors["hidden"] and max(errors.values()) < bound, errors
 
 
+@pytest.mark.parametrize(("setting", "expected"), [("tf32", "tf32"), ("ieee", "ieee")])
+def test_precision_by_torchs_newer_setting(setting, expected, kernels):
+    """After it, torch refuses to answer in the words of the older one."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        assert kernels.product_precision() == expected
+    finally:
+        matmul.fp32_precision = before
+    torch.get_float32_matmul_precision()  # answers again
+
+
 def test_predicate_of_the_route(kernels, triton_device):
     from decoder_fast.ops.count_nll import _inputs
 
@@ -584,7 +601,8 @@ def gpu_step(likelihood, by, device="cuda", csr=True):
 def test_cuda_graph(likelihood, by):
     """A whole step waits for nothing, and replays to the same bits."""
     step, _ = gpu_step(likelihood, by)
-    expected = [t.clone() for t in step()]
+    # Detached: what keeps the autograd graph ties the leaves to this stream, for the recording too.
+    expected = [t.detach().clone() for t in step()]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -457,7 +457,8 @@ def step(run, tensors, upstream):
 def test_cuda_graph(norm):
     """A whole step waits for nothing, and replays to the same bits."""
     run, tensors, running, upstream = gpu_layer(norm)
-    expected = [t.clone() for t in step(run, tensors, upstream)]
+    # Detached: what keeps the autograd graph ties the leaves to this stream, for the recording too.
+    expected = [t.detach().clone() for t in step(run, tensors, upstream)]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

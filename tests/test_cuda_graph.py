@@ -70,11 +70,7 @@ class StandIn:
     def __call__(self, step):
         self.recordings += 1
         assert not torch.distributions.Distribution._validate_args  # it would wait
-        (graph,) = (
-            cell.cell_contents
-            for cell in step.__closure__
-            if isinstance(cell.cell_contents, cuda_graph.StepGraph)
-        )
+        graph = step.__self__
         optimizer, module = graph._optimizer, graph._loss.__self__.module
         before = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
         random = torch.get_rng_state()
@@ -200,15 +196,17 @@ class Owner:
 
     def __init__(self):
         self.module = torch.nn.Linear(5, 1)
+        self.calls = 0
 
     def loss(self, batch, options):
+        self.calls += 1
         assert batch["labels"] is None and batch["X"].layout is torch.strided
         loss = options["weight"] * self.module(batch["X"]).sum()
         return scvi.module.base.LossOutput(loss=loss, n_obs_minibatch=len(batch["X"]))
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
-def test_batches_of_a_data_module(recorder, layout):
+def test_batches_of_a_data_module(recorder, layout, monkeypatch):
     """CSR tensors, parts that are missing, and a weight that is a Python number."""
     torch.manual_seed(0)
     owner = Owner()
@@ -219,8 +217,13 @@ def test_batches_of_a_data_module(recorder, layout):
         x = torch.poisson(torch.full((4, 5), 0.7))
         options = {"weight": 1.0 + i}
         handed = x.to_sparse_csr() if layout == "csr" else x
-        output = graph({"X": handed, "labels": None}, dict(options))
-        assert (output is None) == (i < cuda_graph.WARM_UP)
+        with monkeypatch.context() as patch:
+            if recorder.recordings:  # such a copy from the host would wait
+                patch.setattr(torch, "tensor", None)
+            output = graph({"X": handed, "labels": None}, dict(options))
+        # The last step before the recording runs as it will: that compiles its kernels.
+        assert (output is None) == (i < cuda_graph.WARM_UP - 1)
+        assert owner.calls == max(0, i + 2 - cuda_graph.WARM_UP) + recorder.recordings
         expected = plain.loss({"X": x, "labels": None}, options)
         adam[1].zero_grad()
         expected.loss.backward()
@@ -249,6 +252,47 @@ def test_a_recording_that_fails(atlas, recorder, monkeypatch):
     same(graphed, trained(atlas))
 
 
+def test_a_recording_that_fails_leaves_the_generator_as_it_was(monkeypatch):
+    class Generator:
+        state = "usual"
+
+        def clone_state(self):
+            return self.state
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    def fails():
+        generator.state = "recording"
+        raise RuntimeError("not permitted")
+
+    generator = Generator()
+    assert all(hasattr(torch.Generator, name) for name in vars(Generator) if name[0] in "cg")
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    with pytest.raises(RuntimeError, match="not permitted"):
+        cuda_graph.record(fails)
+    assert generator.state == "usual"
+
+
+def test_the_weight_is_copied_from_the_host_once_an_epoch(atlas, recorder, monkeypatch):
+    made = []
+    stock = scvi.train.TrainingPlan.kl_weight.fget
+    counted = property(lambda plan: made.append(0) or stock(plan))
+    monkeypatch.setattr(scvi.train.TrainingPlan, "kl_weight", counted)
+    trained(atlas, {"cuda_graph": True})
+    assert len(made) <= 1 + TRAIN["max_epochs"]
+
+
+def test_a_weight_that_changes_at_every_step(atlas, recorder):
+    options = {"plan_kwargs": {"n_epochs_kl_warmup": None, "n_steps_kl_warmup": 20}}
+    same(trained(atlas, {"cuda_graph": True}, **options), trained(atlas, **options))
+    assert recorder.replays
+
+
 class OwnPlan(scvi.train.TrainingPlan):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx)
@@ -260,6 +304,7 @@ class OwnPlan(scvi.train.TrainingPlan):
         ({"gradient_clip_val": 1.0}, "clips gradients"),
         ({"accumulate_grad_batches": 2}, "accumulates gradients of 2 mini-batches"),
         ({"precision": "bf16-mixed"}, "precision 32-true, and the trainer has bf16-mixed"),
+        ({"model_options": {"gene_likelihood": "normal"}}, "'normal' has no fused kernel"),
         ({"plan": OwnPlan}, "OwnPlan has a training_step of its own"),
         ({"plan_kwargs": {"compile": True}}, "the module was compiled"),
         (

@@ -20,7 +20,11 @@ _PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
 def product_precision() -> str:
     """Return the ``PRECISION`` of :func:`dot` that torch's setting asks for."""
-    precision = _PRECISIONS[torch.get_float32_matmul_precision()]
+    try:
+        precision = _PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # torch's other interface was used, in which "bf16" is not for GPUs
+        allowed = torch.backends.cuda.matmul.fp32_precision
+        precision = "tf32" if allowed == "tf32" else "ieee"
     return "ieee" if precision == "tf32" and torch.version.hip else precision
 
 

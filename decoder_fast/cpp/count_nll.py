@@ -104,7 +104,8 @@ def _run(
         likelihood=LIKELIHOODS[inputs.likelihood],
         activation=_ACTIVATIONS[inputs.scale_activation],
         n_threads=torch.get_num_threads(),
-        fast_products=torch.get_float32_matmul_precision() == "medium",
+        # What set_float32_matmul_precision("medium") sets; itself it may refuse to be asked.
+        fast_products=torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
         px_r_index=pointer(inputs.px_r_index),
     )
     if isinstance(upstream, Tensor):

@@ -35,11 +35,18 @@ def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         What replays it, and the function's result: tensors that every replay fills anew.
     """
     graph = torch.cuda.CUDAGraph()
-    # Threads that load the next mini-batch may go on with their own calls meanwhile.
-    with torch.cuda.graph(
-        graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-    ):
-        result = step()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    try:
+        # Threads that load the next mini-batch may go on with their own calls meanwhile.
+        with torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
+            result = step()
+    except Exception:
+        # Left as it is in a recording, it would refuse the next random numbers.
+        generator.graphsafe_set_state(before)
+        raise
     return graph.replay, result
 
 
@@ -102,25 +109,27 @@ class StepGraph:
         """
         if self._failed:
             return None
-        device = next(value.device for value in batch.values() if value is not None)
-        options = {
-            key: torch.tensor(value, device=device) if isinstance(value, float) else value
-            for key, value in options.items()
-        }
         shapes = tuple(
             (key, value if value is None else (tuple(value.shape), value.dtype))
             for key, value in batch.items()
         )
         constants = (
-            *((key, v) for key, v in options.items() if not isinstance(v, Tensor)),
+            *((key, v) for key, v in options.items() if not isinstance(v, (Tensor, float))),
             *(group["lr"] for group in self._optimizer.param_groups),
         )
         if self._recorded != (shapes, constants):
-            self._seen[shapes] += self._recorded is None
-            if self._seen[shapes] <= WARM_UP:
+            first = self._recorded is None
+            self._seen[shapes] += first
+            rehearses = first and self._seen[shapes] == WARM_UP
+            if self._seen[shapes] <= WARM_UP and not rehearses:
                 return None  # so is the last, smaller mini-batch of every epoch
             try:
-                self._record(batch, options)
+                self._keep(batch, options)
+                if rehearses:
+                    # On dense counts, as what is recorded: those in CSR call for other kernels, and
+                    # in a recording none may be compiled.
+                    return self._take(self._step)
+                self._output = self._take(self._record)
             except Exception as error:
                 self._failed = True
                 self.release()
@@ -143,10 +152,13 @@ class StepGraph:
                 # Counts in CSR become dense on the device.
                 to.copy_(real(LazyCounts.of(canonical(value)) if is_csr(value) else value))
         for key, value in options.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, float):
+                self._options[key].fill_(value)  # a copy from the host would wait for the device
+            elif isinstance(value, Tensor):
                 self._options[key].copy_(value)
 
-    def _record(self, batch: dict[str, Tensor | None], options: dict[str, Any]) -> None:
+    def _keep(self, batch: dict[str, Tensor | None], options: dict[str, Any]) -> None:
+        """Make our own copy of the mini-batch and the options, for the step to read."""
         self.release()
         self._batch = {
             key: value
@@ -154,23 +166,37 @@ class StepGraph:
             else torch.empty(value.shape, dtype=value.dtype, device=value.device)
             for key, value in batch.items()
         }
-        self._options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
+        device = next(value.device for value in batch.values() if value is not None)
+        self._options = {
+            key: torch.empty_like(value)
+            if isinstance(value, Tensor)
+            else torch.empty((), device=device)
+            if isinstance(value, float)
+            else value
+            for key, value in options.items()
+        }
         self._fill(batch, options)
 
-        def step() -> Any:
-            output = self._loss(self._batch, self._options)
-            output.loss.backward()
-            self._optimizer.step()
-            return output
+    def _step(self) -> Any:
+        output = self._loss(self._batch, self._options)
+        output.loss.backward()
+        self._optimizer.step()
+        return output
 
-        # Gradients that the recording makes itself, which each replay writes over.
+    def _record(self) -> Any:
+        self._replay, output = record(self._step)
+        return output
+
+    def _take(self, step: Callable[[], Any]) -> Any:
+        """Have our step run, or recorded; return what it computes, detached."""
+        # Gradients that the step makes itself, and that each replay writes over.
         self._optimizer.zero_grad()
         with _unvalidated():
-            self._replay, output = record(step)
+            output = step()
         self._optimizer.zero_grad()
         for field in fields(output):
             object.__setattr__(output, field.name, _detached(getattr(output, field.name)))
-        self._output = output
+        return output
 
     def release(self) -> None:
         """Give the memory of the recording back."""
@@ -187,6 +213,19 @@ class GraphedPlan:
     _graph: StepGraph | None = None
     _in_training_step = False
     _replayed = False
+    _weight: tuple[Any, Any] = None, None  # of the KL divergence; first, when it was made
+
+    @property
+    def kl_weight(self) -> Any:
+        """The weight of the KL divergence, copied from the host, which waits, when it changes."""
+        when = (
+            self.current_epoch,  # type: ignore[attr-defined]
+            self.n_steps_kl_warmup and self.global_step,  # type: ignore[attr-defined]
+            self.device,  # type: ignore[attr-defined]
+        )
+        if self._weight[0] != when:
+            self._weight = when, super().kl_weight  # type: ignore[misc]
+        return self._weight[1]
 
     def on_train_start(self) -> None:
         """Decide whether steps can be recorded."""
@@ -294,6 +333,8 @@ def why_not(plan: Any) -> str | None:
         own = vars(base).keys() & {"training_step", "forward", "backward", "optimizer_step"}
         if own and not issubclass(base, GraphedPlan):
             return f"{base.__name__} has a {min(own)} of its own, which may do more than one step"
+    if getattr(plan.module, "gene_likelihood", None) == "normal":
+        return "the likelihood 'normal' has no fused kernel, and in plain PyTorch its loss waits"
     if hasattr(plan.module, "_orig_mod"):
         return "the module was compiled, and torch.compile(mode='reduce-overhead') makes its own"
     if trainer.precision != "32-true":
