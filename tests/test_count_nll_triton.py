@@ -202,6 +202,25 @@ def test_long_sums(likelihood, take, kernels, triton_device, monkeypatch):
     assert relative.max() <= 1.2e-7  # two roundings
 
 
+def test_more_labels_than_a_grid_is_high(kernels, take, triton_device, monkeypatch):
+    """Only a grid's first dimension may have more than 65,535 programs."""
+    take("chunked")
+    grids, launch = {}, kernels.launch
+
+    def recorded(kernel, grid, *args, **options):
+        grids[kernel.fn.__name__] = grid
+        if kernel is not kernels._sum_by_label:
+            launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(kernels, "launch", recorded)
+    x, parameters = problem("nb", "table", n=3, n_genes=5)
+    parameters["px_r"] = torch.zeros(5, 70_000)
+    options = {"likelihood": "nb", "backend": "triton", "device": triton_device}
+    evaluate(count_nll, x, parameters, torch.float32, **options)
+    assert 70_000 in grids["_sum_by_label"]
+    assert max(size for grid in grids.values() for size in grid[1:]) <= 65_535
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 130, 3), (35, 1, 130), (3, 65, 64)])
 def test_small_and_odd_shapes(shape, route, take, triton_device):

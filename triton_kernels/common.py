@@ -52,6 +52,19 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def exp(v):
+    """``exp(v)`` to two float32 roundings.
+
+    Triton's own loses one for each unit of its argument: about ten at usual library sizes.
+    """
+    v = tl.where(v < -150.0, -150.0, tl.where(v > 150.0, 150.0, v))  # NaN stays
+    # v = n log(2) + r; the first constant has few enough bits for an exact product
+    n = tl.floor(v * 1.4426950408889634 + 0.5)
+    r = (v - n * 0.693359375) + n * 2.12194440e-4
+    return tl.exp2(n - 1.0) * (2.0 * tl.exp(r))
+
+
+@triton.jit
 def log1p(v):
     """``log(1 + v)`` to float32's accuracy for ``v > -1``, also where ``1 + v`` rounds."""
     u = 1.0 + v

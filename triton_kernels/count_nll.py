@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, expm1, launch, log1p, product_precision, sigmoid, softplus
+from .common import dot, exp, expm1, launch, log1p, product_precision, sigmoid, softplus
 
 if TYPE_CHECKING:
     from decoder_fast.reference.count_nll import Inputs
@@ -256,7 +256,7 @@ def _mean(a, library, lse):
         mu = tl.exp(log_mu)
     else:
         scale = softplus(a)
-        mu = tl.exp(library)[:, None] * scale
+        mu = exp(library)[:, None] * scale
         # log(softplus(a)) is a itself where softplus underflows
         log_scale = tl.where(a < -30.0, a, tl.log(tl.maximum(scale, 1e-30)))
         log_mu = log_scale + library[:, None]
@@ -700,9 +700,9 @@ def _sum_by_label(
 
     ``order`` lists the cells label by label; those of label ``k`` lie from ``bounds[k]`` on.
     """
-    genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
+    label = tl.program_id(0)
+    genes = tl.program_id(1) * GENES + tl.arange(0, GENES)
     gene_mask = genes < n_genes
-    label = tl.program_id(1)
     total = tl.zeros((GENES,), tl.float32)
     rest = tl.zeros((GENES,), tl.float32)
     for i in range(tl.load(bounds + label), tl.load(bounds + label + 1)):
@@ -1085,7 +1085,7 @@ def _gradients_of_chunk(
     if cells_by_label is not None:
         launch(
             _sum_by_label,
-            (triton.cdiv(n_chunk, 128), out["px_r"].shape[1]),
+            (out["px_r"].shape[1], triton.cdiv(n_chunk, 128)),
             r_chunk,
             *cells_by_label,
             out["px_r"][genes],

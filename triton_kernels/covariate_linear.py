@@ -222,16 +222,8 @@ def _linear(
     weight_tile = weight + first_unit.to(tl.int64) * n_columns
     weight_rows = tl.arange(0, UNITS) * n_columns
 
+    # Products first: added to a bias they would be rounded at its size, one by one.
     value = tl.zeros((ROWS, UNITS), tl.float32)
-    for k in tl.static_range(len(labels)):
-        label = tl.load(labels[k] + cells, mask=row_mask, other=0)
-        in_range = (label >= 0) & (label < n_cats[k])
-        column = weight_tile + label_starts[k] + label
-        value += tl.load(
-            column[:, None] + weight_rows[None, :], mask=inside & in_range[:, None], other=0.0
-        )
-    if bias is not None:
-        value += tl.load(bias + units, mask=unit_mask, other=0.0)[None, :]
     for k in tl.static_range(len(matrices)):
         if k == 0:
             matrix_tile = matrices[k] + first_row.to(tl.int64) * widths[k]
@@ -253,6 +245,15 @@ def _linear(
                 other=0.0,
             )
             value = dot(left, tl.trans(right), value, PRECISION)
+    for k in tl.static_range(len(labels)):
+        label = tl.load(labels[k] + cells, mask=row_mask, other=0)
+        in_range = (label >= 0) & (label < n_cats[k])
+        column = weight_tile + label_starts[k] + label
+        value += tl.load(
+            column[:, None] + weight_rows[None, :], mask=inside & in_range[:, None], other=0.0
+        )
+    if bias is not None:
+        value += tl.load(bias + units, mask=unit_mask, other=0.0)[None, :]
     begin = first_row.to(tl.int64) * n_hidden
     offsets = rows[:, None] * n_hidden + units[None, :]
     if v is not None:
@@ -824,7 +825,15 @@ def forward(
     labels_ok = None
     if labels:
         labels_ok = torch.empty(len(labels), dtype=torch.int32, device=x.device)
-    columns = _covering(max(width for *_, width in matrices), 32)
+    precision = product_precision()
+    # Without tensor cores a product holds its whole tiles in registers.
+    most_columns = 16 if precision == "ieee" and tile["UNITS"] > 64 else 32
+    columns = _covering(max(width for *_, width in matrices), most_columns)
+    options = {"num_stages": 2}
+    if columns == 16 and 16 in (tile["ROWS"], tile["UNITS"]):
+        # Loads ahead of few columns and a small tile gain nothing, and cost registers; of which
+        # the compiler, left to itself, takes so few, to fit more programs, that it spills.
+        options = {"num_stages": 1, "maxnreg": 128}
     launch(
         _linear,
         (n_groups * n_parts, triton.cdiv(n_hidden, tile["UNITS"])),
@@ -854,10 +863,9 @@ def forward(
         BATCH_NORM=problem.batch_norm,
         LAYER_NORM=inputs.use_layer_norm,
         ACTIVATION=inputs.activation,
-        PRECISION=product_precision(),
+        PRECISION=precision,
         COLUMNS=columns,
-        # Loads ahead of few columns and a small tile gain nothing, and cost registers.
-        num_stages=1 if columns == 16 and 16 in (tile["ROWS"], tile["UNITS"]) else 2,
+        **options,
         **tile,
     )
     for i, (k, _, _, n_cat) in enumerate(labels):
