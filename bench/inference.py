@@ -74,6 +74,7 @@ CASES = (
     Case(5_000, 20_000, next(iter(QUESTIONS))),
     *(Case(1_024, 4_000, question) for question in QUESTIONS),
     Case(5_000, 4_000, "expression of 500 samples of any cells"),
+    Case(1_024, 20_000, "differential expression"),
 )
 
 

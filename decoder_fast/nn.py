@@ -628,11 +628,26 @@ class DecoderSCVI(nn.Module):
             r_bias=r.bias if gene_cell else None,
         )
 
-    def hidden_scale(self, hidden: Tensor, genes: Tensor | None = None) -> Tensor:
+    def hidden_normaliser(self, hidden: Tensor) -> Tensor | None:
+        """Log of each cell's softmax normaliser, (..., 1), from hidden units; None with softplus.
+
+        Not differentiable; the heads must be the fused ones.
+        """
+        if self._scale_activation() == "softplus":
+            return None
+        head: Any = self.px_scale_decoder[0]
+        with no_autocast(hidden.device):
+            hidden = hidden.to(head.weight.dtype)
+            return log_sum_exp(hidden, head.weight, head.bias).unsqueeze(-1)
+
+    def hidden_scale(
+        self, hidden: Tensor, genes: Tensor | None = None, normaliser: Tensor | None = None
+    ) -> Tensor:
         """``px_scale`` of some genes (indices; default: all) from hidden units, fresh.
 
-        A softmax is over all genes, whichever are asked for. Not differentiable where ``genes``
-        is given; the heads must be the fused ones.
+        A softmax is over all genes, whichever are asked for: ``normaliser`` is then what
+        :meth:`hidden_normaliser` returns. Not differentiable where ``genes`` is given; the heads
+        must be the fused ones.
         """
         head: Any = self.px_scale_decoder[0]
         weight, bias = head.weight, head.bias
@@ -645,8 +660,8 @@ class DecoderSCVI(nn.Module):
                 return F.softplus(logits)
             if genes is None:
                 return torch.softmax(logits, -1)
-            normaliser = log_sum_exp(hidden, head.weight, head.bias)
-            return logits.sub_(normaliser.unsqueeze(-1)).exp_()
+            assert normaliser is not None
+            return logits.sub_(normaliser).exp_()
 
     def _loss_eager(
         self,

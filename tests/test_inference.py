@@ -7,6 +7,7 @@ import functools
 import inspect
 import pickle
 import tracemalloc
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import torch
 
 scvi = pytest.importorskip("scvi", reason="the methods are those of scvi-tools' models")
 
-from scvi.model.base import RNASeqMixin  # noqa: E402
+from scvi.model.base import DifferentialComputation, RNASeqMixin  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from decoder_fast import fuse, unfuse  # noqa: E402
@@ -23,8 +24,8 @@ from decoder_fast.datasets import simulate_atlas  # noqa: E402
 from decoder_fast.lazy import LazyExpanded, LazyTensor, real, rows, samples  # noqa: E402
 from decoder_fast.ops.softmax_library import log_sum_exp  # noqa: E402
 from decoder_fast.reference import softmax_library as reference  # noqa: E402
-from decoder_fast.scvi import inference  # noqa: E402
-from decoder_fast.scvi.decoder import Decoded  # noqa: E402
+from decoder_fast.scvi import differential, inference  # noqa: E402
+from decoder_fast.scvi.decoder import Decoded, joined  # noqa: E402
 
 SCVI = scvi.model.SCVI
 N, G = 110, 70
@@ -104,7 +105,7 @@ def assert_same(stock, ours, tolerance=2e-5):
 def answered(monkeypatch):
     """Names of the methods that were not left to scvi-tools."""
     names = []
-    for cls in inference.FUSED_METHODS:
+    for cls in (inference.FusedNormalizedExpression, inference.FusedLikelihoodParameters):
 
         def answer(self, *args, original=cls.answer):
             names.append(self.name)
@@ -184,7 +185,7 @@ def expression(question, model):
 def test_normalized_expression(atlas, answered, kind, monkeypatch):
     model = make(atlas, **MODELS[kind])
     for most in (1 << 22, 2 * N):  # at once, and a sample and a few cells at a time
-        monkeypatch.setattr(inference, "_MOST_ELEMENTS", most)
+        monkeypatch.setattr(inference, "MOST_ELEMENTS", most)
         for question in QUESTIONS:
             answered.clear()
             assert_same(*both(model, functools.partial(expression, question)))
@@ -214,7 +215,7 @@ def test_of_a_data_loader(atlas, answered):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_likelihood_parameters(atlas, answered, kind, monkeypatch):
-    monkeypatch.setattr(inference, "_MOST_ELEMENTS", 1)  # a sample at a time
+    monkeypatch.setattr(inference, "MOST_ELEMENTS", 1)  # a sample at a time
     model = make(atlas, **MODELS[kind])
     if model.module.gene_likelihood not in ("nb", "zinb"):
         for change in (unfuse, fuse):
@@ -267,32 +268,22 @@ def test_likelihoods(atlas, kind):
     assert_same(*both(model, ask))
 
 
-@pytest.mark.parametrize("kind", ["zinb", "softplus", "covariates"])
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"mode": "vanilla"},
-        {"mode": "change", "batch_correction": True},
-        {"mode": "change", "group1": "A", "n_samples_overall": 300, "batch_size": 20},
-        {"mode": "change", "batch_correction": True, "batchid1": "two", "batchid2": "two"},
-        {"idx1": np.arange(N) < 8, "mode": "vanilla", "weights": None, "all_stats": False},
-    ],
-    ids=lambda said: "-".join(said),
-)
-def test_differential_expression(atlas, answered, kind, said):
-    model = make(atlas, **MODELS[kind])
-    types = list(model.adata.obs["cell_type"].cat.categories)
-    batches = list(model.adata.obs["batch"].cat.categories)
-    said = {k: batches[:2] if isinstance(v, str) and v == "two" else v for k, v in said.items()}
-    if "group1" in said:
-        said["group1"] = types[0]
-    if "idx1" not in said:
-        said["groupby"] = "cell_type"
-    stock, ours = both(
-        model,
-        lambda m: m.differential_expression(silent=True, use_permutation=True, **said),
-    )
-    assert answered
+@pytest.fixture
+def blocks(monkeypatch):
+    """Numbers of genes of the blocks in which fused models compared groups of cells."""
+    sizes = []
+    compare = differential.FusedDifferentialComputation._compare
+
+    def _compare(*args, **kwargs):
+        for answer in compare(*args, **kwargs):
+            sizes.append(len(answer["scale1"]))
+            yield answer
+
+    monkeypatch.setattr(differential.FusedDifferentialComputation, "_compare", _compare)
+    return sizes
+
+
+def assert_same_tables(stock, ours):
     assert list(stock.columns) == list(ours.columns)
     keys = ["gene", "comparison"] if "comparison" in stock else ["gene"]
     stock, ours = (
@@ -301,14 +292,113 @@ def test_differential_expression(atlas, answered, kind, said):
     )
     for name in stock.columns:
         a, b = stock[name], ours[name]
+        assert a.dtype == b.dtype, name
+        if name.startswith("lfc_confidence_interval"):
+            # The shortest interval, of which there can be two: its width.
+            if name.endswith("max"):
+                low = name.replace("max", "min")
+                assert_same((a - stock[low]).to_numpy(), (b - ours[low]).to_numpy(), 1e-4)
+            continue
         if name.startswith(("proba", "bayes_factor", "is_de")):
             # Counts of samples on either side of a border, where one can lie by a rounding.
             if name.startswith("proba"):
                 assert np.abs(a - b).max() <= 5e-4, name
+        elif name.startswith("lfc"):
+            # Differences of logarithms of about 10, of which a rounding is 1e-6.
+            tolerance = 1e-3 if name == "lfc_std" else 1e-4
+            assert np.abs(a - b).max() <= 4e-6 + tolerance * a.abs().max(), name
         elif a.dtype.kind == "f":
-            assert_same(a.to_numpy(), b.to_numpy(), 1e-3 if name == "lfc_std" else 1e-4)
+            assert_same(a.to_numpy(), b.to_numpy(), 1e-4)
         else:
             assert (a == b).all(), name
+
+
+CHANGE = {"mode": "change"}
+
+
+@pytest.mark.parametrize("kind", ["zinb", "softplus", "covariates"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"mode": "vanilla"},
+        {**CHANGE, "batch_correction": True},
+        {**CHANGE, "batch_correction": True, "m_permutation": 501},
+        {**CHANGE, "group1": "A", "n_samples_overall": 300, "batch_size": 20},
+        {**CHANGE, "batch_correction": True, "batchid1": "two", "batchid2": "two"},
+        {"idx1": np.arange(N) < 8, "mode": "vanilla", "weights": None, "all_stats": False},
+        {**CHANGE, "pseudocounts": 1e-3, "use_permutation": False, "test_mode": "two"},
+        {**CHANGE, "use_permutation": False, "cred_interval_lvls": [0.5], "change_fn": "log-fold"},
+        {**CHANGE, "filter_outlier_cells": True, "threshold_counts": 0.0},
+    ],
+    ids=lambda said: "-".join(k for k in said if k != "mode") or said["mode"],
+)
+def test_differential_expression(atlas, blocks, monkeypatch, kind, said):
+    monkeypatch.setattr(differential, "MOST_ELEMENTS", 30 * 10_000 + 1)  # 70 genes in 3 or more
+    model = make(atlas, **MODELS[kind])
+    types = list(model.adata.obs["cell_type"].cat.categories)
+    batches = list(model.adata.obs["batch"].cat.categories)
+    said = {k: batches[:2] if isinstance(v, str) and v == "two" else v for k, v in said.items()}
+    if "group1" in said:
+        said["group1"] = types[0]
+    if "idx1" not in said:
+        said["groupby"] = "cell_type"
+    filtered = []
+
+    def all_but_seven(self, mask):
+        filtered.append(mask)
+        return np.where(mask)[0][:-7]
+
+    if "filter_outlier_cells" in said:  # the fit to latent cells is not to be tested
+        monkeypatch.setattr(DifferentialComputation, "filter_outlier_cells", all_but_seven)
+    said = {"use_permutation": True, **said}
+    assert_same_tables(*both(model, lambda m: m.differential_expression(silent=True, **said)))
+    assert len(blocks) > 2 and min(blocks) < max(blocks)
+    assert len(filtered) in (0, 8)  # two groups, in two comparisons, of stock and of ours
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"change_fn": lambda a, b, pseudocounts: a - b - (a - b).mean(1, keepdims=True)},
+        {"m1_domain_fn": lambda samples: (samples > 0.1, samples < -0.1)},
+        {"delta": None, "pseudocounts": 1e-4},
+        {"gene_by_gene": False},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_genes_that_depend_on_each_other_are_compared_at_once(atlas, blocks, monkeypatch, said):
+    """A change of the users' own, a threshold from all genes, or what is not known here."""
+    model = make(atlas)
+    if "gene_by_gene" in said:
+        stock = DifferentialComputation.get_bayes_factors
+
+        def get_bayes_factors(self, *args, gene_by_gene=True, **kwargs):
+            return stock(self, *args, **kwargs)
+
+        monkeypatch.setattr(DifferentialComputation, "get_bayes_factors", get_bayes_factors)
+    options = {"groupby": "cell_type", "mode": "change", "silent": True, **said}
+    assert_same_tables(*both(model, lambda m: m.differential_expression(**options)))
+    assert not blocks
+
+
+def test_errors_and_warnings_of_differential_expression(atlas, monkeypatch):
+    monkeypatch.setattr(differential, "MOST_ELEMENTS", 30 * 10_000)
+    model = make(atlas)
+    batches = list(model.adata.obs["batch"].cat.categories)
+    computations = type(model).differential_expression.__globals__["_de_core"].__globals__
+    for change in (unfuse, fuse):
+        ask = functools.partial(
+            change(model).differential_expression, groupby="cell_type", silent=True
+        )
+        with pytest.raises(NotImplementedError, match="Mode neither not recognized"):
+            ask(mode="neither")
+        with pytest.raises(ValueError, match="Inconsistent batch policy"):
+            ask(batchid1=batches[:1])
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ask(batchid1=batches[:2], batchid2=batches[1:], batch_correction=True)
+        assert sum("non-null intersection" in str(w.message) for w in said) == 2  # comparisons
+        assert computations["DifferentialComputation"] is DifferentialComputation
 
 
 @pytest.fixture
@@ -392,7 +482,7 @@ def test_importance_weights_that_are_left_to_scvi_tools(atlas, answered):
     assert not answered
 
 
-def test_importance_weights_in_differential_expression(atlas, answered):
+def test_importance_weights_in_differential_expression(atlas, blocks):
     model = make(atlas)
     options = {k: IMPORTANCE[k] for k in ("n_mc_samples", "n_mc_samples_per_pass")}
     stock, ours = both(
@@ -402,7 +492,7 @@ def test_importance_weights_in_differential_expression(atlas, answered):
             **{"n_samples_overall": 300, "importance_weighting_kwargs": options},
         ),
     )
-    assert len(answered) == 4  # two groups against the rest
+    assert blocks.count(G) == 2  # two groups against the rest
     stock, ours = (
         table.rename_axis("gene").reset_index().sort_values(["gene", "comparison"])
         for table in (stock, ours)
@@ -593,6 +683,12 @@ def large():
             ),
             3 * 2 * CELLS * GENES,
         ),
+        (
+            lambda m: m.differential_expression(
+                idx1=np.arange(2 * CELLS) < CELLS, mode="change", batch_size=CELLS, silent=True
+            ),
+            10 * CELLS * GENES,  # 38 genes of 5,000 samples at a time, of two groups and in pairs
+        ),
         (lambda m: m.get_reconstruction_error(batch_size=CELLS), 0),
         (lambda m: m.get_elbo(batch_size=CELLS), 0),
         (
@@ -604,12 +700,13 @@ def large():
     ],
     ids=[
         *("genes", "all genes", "overall, genes", "overall", "importance", "parameters"),
-        *("error", "elbo", "ll"),
+        *("differential", "error", "elbo", "ll"),
     ],
 )
 def test_samples_by_cells_by_genes_are_nowhere(large, monkeypatch, ask, answer):
     # All samples of five genes at once, but one sample of all genes.
-    monkeypatch.setattr(inference, "_MOST_ELEMENTS", SAMPLES * CELLS * 5)
+    monkeypatch.setattr(inference, "MOST_ELEMENTS", SAMPLES * CELLS * 5)
+    monkeypatch.setattr(differential, "MOST_ELEMENTS", CELLS * GENES)
     monkeypatch.setattr(reference, "_TILE", {"cpu": 1})  # where there is no native library
     largest, arrays = [], []
     for change in (unfuse, fuse):
@@ -627,6 +724,21 @@ def test_samples_by_cells_by_genes_are_nowhere(large, monkeypatch, ask, answer):
     if answer not in (0, 30 * GENES):
         assert largest[0] >= 10 * CELLS * GENES, "stock has become frugal: this tests nothing"
     assert arrays[1] <= 4 * answer + 4 * CELLS * GENES + (2 << 20)
+
+
+def test_drawn_expression_can_be_asked_for_again(atlas):
+    model = fuse(make(atlas))
+    torch.manual_seed(0)
+    batches = list(model.adata.obs["batch"].cat.categories[:2])
+    drawn = model.get_normalized_expression.drawn(
+        n_samples_overall=300, library_size=3.0, batch_size=40, transform_batch=batches
+    )
+    first = drawn.of_genes(None)
+    assert first.shape == (300, G) and np.allclose(first.sum(1), 3, rtol=1e-5)
+    some = np.array([5, 60])
+    for _ in range(2):
+        assert_same(first, drawn.of_genes(None))
+        assert_same(first[:, some], drawn.of_genes(some))
 
 
 def test_parts_of_lazy_tensors(atlas):
@@ -651,6 +763,22 @@ def test_parts_of_lazy_tensors(atlas):
             torch.testing.assert_close(real(some), whole.flatten(0, 1)[index])
             assert torch.equal(samples(whole, 1, 3), whole[1:3])
             assert torch.equal(rows(whole, index), whole.flatten(0, 1)[index])
+
+
+def test_rows_of_several_tensors_as_one(atlas):
+    model = fuse(make(atlas))
+    tensors = next(iter(model._make_data_loader(model.adata, batch_size=7)))
+    with torch.inference_mode():
+        px = vars(model.module.forward(tensors, compute_loss=False)[1]["px"])
+        scale, mu = (rows(px[name], torch.tensor([6, 0, 3])) for name in ("scale", "mu"))
+        for parts, lazily in (
+            ([scale, scale], True),
+            ([scale, mu], False),
+            ([scale, torch.ones(2, G)], False),
+        ):
+            whole = joined(parts)
+            assert isinstance(whole, LazyTensor) is lazily
+            torch.testing.assert_close(real(whole), torch.cat([real(part) for part in parts]))
 
 
 # --- the normaliser ------------------------------------------------------------------------------
@@ -700,7 +828,7 @@ def test_methods_look_like_stocks(atlas, answered):
     model = make(atlas)
     before = dict(vars(model))
     fuse(model)
-    for cls in inference.FUSED_METHODS:
+    for cls in (inference.FusedNormalizedExpression, inference.FusedLikelihoodParameters):
         method = getattr(model, cls.name)
         stock = getattr(SCVI, cls.name)
         assert isinstance(method, cls) and method.__doc__ == stock.__doc__

@@ -32,13 +32,20 @@ except ImportError as error:
 
 from .data import FusedAnnDataLoader
 from .decoder import FusedDecoderSCVI, FusedFCLayers
-from .inference import FUSED_METHODS, FusedMethod
+from .differential import FusedDifferentialExpression
+from .inference import FusedLikelihoodParameters, FusedMethod, FusedNormalizedExpression
 from .module import FusedModule, fused_module_class, takes_csr
 from .training import FusedTrain
 
 __all__ = ["FusedDecoderSCVI", "FusedFCLayers", "fuse", "fused", "unfuse"]
 
 _Model = TypeVar("_Model")
+
+_FUSED_METHODS: tuple[type[FusedMethod], ...] = (
+    FusedNormalizedExpression,
+    FusedLikelihoodParameters,
+    FusedDifferentialExpression,
+)
 
 
 def _modules(model: Any) -> nn.Module:
@@ -128,7 +135,7 @@ def fuse(model: _Model) -> _Model:
             model.train = FusedTrain(model)  # type: ignore[attr-defined]
         if takes_csr(module) and getattr(model, "_data_loader_cls", None) is AnnDataLoader:
             model._data_loader_cls = FusedAnnDataLoader  # type: ignore[attr-defined]
-        for method in FUSED_METHODS:
+        for method in _FUSED_METHODS:
             if method.replaces(model) and method.name not in vars(model):
                 setattr(model, method.name, method(model))
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn as fast
-from ..lazy import LazyExp, LazyTensor, broadcast
+from ..lazy import LazyExp, LazyTensor, broadcast, real
 
 #: Whether decoders answer with lazy outputs: inside a fused module.
 lazy_outputs: ContextVar[bool] = ContextVar("decoder_fast_lazy_outputs", default=False)
@@ -32,6 +32,10 @@ class Decoded:
     def _scale_and_rate(self) -> tuple[Tensor, Tensor]:
         return self.decoder._scale_and_rate(self.hidden, self.library)
 
+    @functools.cached_property
+    def _normaliser(self) -> Tensor | None:
+        return self.decoder.hidden_normaliser(self.hidden)
+
     def compute(self, output: str, genes: Tensor | None = None) -> Tensor:
         """Compute one of the decoder's outputs; without gradients it may be of some genes only."""
         if output in ("px_r", "px_dropout"):
@@ -43,7 +47,8 @@ class Decoded:
         if genes is None and torch.is_grad_enabled():
             return self._scale_and_rate[("px_scale", "px_rate").index(output)]
         # Nothing here is kept for a backward pass: the one output, and in place.
-        scale = self.decoder.hidden_scale(self.hidden, genes)
+        normaliser = None if genes is None else self._normaliser
+        scale = self.decoder.hidden_scale(self.hidden, genes, normaliser)
         return scale if output == "px_scale" else scale.mul_(self.library.exp())
 
     def samples(self, start: int, stop: int) -> Decoded:
@@ -134,6 +139,16 @@ class LazyOutput(LazyTensor):
             parts.append(part)
             start += length
         return tuple(parts)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of several, (n, G) each, as one: lazy, if all are one decoder's output."""
+    outputs = [part for part in parts if isinstance(part, LazyOutput)]
+    if len(outputs) < len(parts) or len({(p.decoded.decoder, p.output) for p in outputs}) > 1:
+        return parts[0] if len(parts) == 1 else torch.cat([real(part) for part in parts])
+    hidden = torch.cat([part.decoded.hidden for part in outputs])
+    library = torch.cat([part.decoded.library for part in outputs])
+    return LazyOutput.of(Decoded(outputs[0].decoded.decoder, hidden, library), outputs[0].output)
 
 
 class FusedFCLayers(fast.FCLayers, scvi_nn.FCLayers):

@@ -23,13 +23,21 @@ from scvi.utils import track
 from torch import Tensor
 
 from ..lazy import LazyExpanded, real, rows, samples
+from .decoder import joined
 from .distributions import CellsLikelihood
 from .module import FusedModule
 
 _NUMBERS = (int, float, np.integer, np.floating)
 
 #: Elements that are computed at a time, if it is more than one sample or cell.
-_MOST_ELEMENTS = 1 << 20
+MOST_ELEMENTS = 1 << 20
+
+
+def arguments(function: Callable[..., Any], *args: Any, **kwargs: Any) -> types.SimpleNamespace:
+    """Return the arguments of a call by name, defaults included."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return types.SimpleNamespace(**bound.arguments)
 
 
 class FusedMethod:
@@ -43,7 +51,7 @@ class FusedMethod:
         functools.update_wrapper(self, types.MethodType(getattr(type(model), self.name), model))
 
     def __reduce__(self) -> Any:
-        return type(self), (self.__wrapped__.__self__,)  # type: ignore[attr-defined]
+        return type(self), (self.model,)
 
     @classmethod
     def replaces(cls, model: Any) -> bool:
@@ -53,16 +61,24 @@ class FusedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer, or have scvi-tools answer."""
-        stock = self.__wrapped__
-        model: Any = stock.__self__  # type: ignore[attr-defined]
-        if isinstance(model.module, FusedModule):
-            bound = inspect.signature(stock).bind(*args, **kwargs)
-            bound.apply_defaults()
-            said = types.SimpleNamespace(**bound.arguments)
-            if vars(said).keys() == set(self.options.split()) and self.covers(model, said):
-                with torch.inference_mode():
-                    return self.answer(model, said)
-        return stock(*args, **kwargs)
+        said = self.covered(*args, **kwargs)
+        if said is None:
+            return self.__wrapped__(*args, **kwargs)
+        with torch.inference_mode():
+            return self.answer(self.model, said)
+
+    @property
+    def model(self) -> Any:
+        """The model whose method this is."""
+        return self.__wrapped__.__self__  # type: ignore[attr-defined]
+
+    def covered(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the user said, defaults included; None if scvi-tools is to answer."""
+        if not isinstance(self.model.module, FusedModule):
+            return None
+        said = arguments(self.__wrapped__, *args, **kwargs)
+        known = vars(said).keys() == set(self.options.split())
+        return said if known and self.covers(self.model, said) else None
 
     def covers(self, model: Any, said: Any) -> bool:
         """Whether what the user said is for :meth:`answer`, and valid."""
@@ -114,62 +130,83 @@ class FusedNormalizedExpression(FusedMethod):
 
     def answer(self, model: Any, said: Any) -> Any:
         """Average over the samples of each cell, or take some samples of any cells."""
-        loader, batches, index, genes = said.dataloader, [None], None, None
-        if loader is None:
-            # Not before it is needed: scvi-tools may come to have it elsewhere.
-            from scvi.model._utils import _get_batch_code_from_category
-
-            adata = model._validate_anndata(said.adata)
-            indices = np.arange(adata.n_obs) if said.indices is None else said.indices
-            loader = model._make_data_loader(
-                adata=adata,
-                indices=indices,
-                batch_size=said.batch_size,
-                **(said.data_loader_kwargs or {}),
-            )
-            manager = model.get_anndata_manager(adata, required=True)
-            batches = _get_batch_code_from_category(manager, said.transform_batch)
-            if said.gene_list is not None:
-                genes = np.flatnonzero(adata.var_names.isin(said.gene_list))
-            index = adata.obs_names[indices]
-        latent = said.library_size == "latent"
-
-        def decoded(n_samples: int) -> Iterator[Iterator[Tensor]]:
-            """For each mini-batch, expression under each of the batches."""
-            for tensors in loader:
-                yield (
-                    _normalized(_decoded(model, tensors, n_samples, batch)[1], latent)
-                    for batch in track(batches, disable=said.silent)
-                )
-
+        asked = _Asked(model, said)
         if said.n_samples_overall is None:
-            means = _Cells(None if index is None else len(index))
-            for per_batch in decoded(said.n_samples):
-                of_batches = (_mean_of_samples(expression, genes) for expression in per_batch)
-                means.add(functools.reduce(Tensor.add_, of_batches).div_(len(batches)))
+            n_cells = None if asked.index is None else len(asked.index)
+            means = _Cells(n_cells)
+            for per_batch in asked.decoded(said.n_samples):
+                of_batches = (_mean_of_samples(part, asked.genes) for part in per_batch)
+                means.add(functools.reduce(Tensor.add_, of_batches).div_(len(asked.batches)))
             values = means.joined()
+            if not asked.latent:
+                values *= said.library_size
         else:
-            assert index is not None
-            n_samples = said.n_samples_overall // len(indices) + 1
-            mini_batches, p = decoded(n_samples), None
-            if said.weights == "importance":
-                (batch,) = batches
-                kept = _Weighted(model, n_samples)
-                for tensors in loader:
-                    kept.add(tensors, batch, latent)
-                p = kept.weights(adata, indices, said.importance_weighting_kwargs)
-                mini_batches = (iter([expression]) for expression in kept.expressions)
-            # scvi-tools draws after it has decoded all samples of all cells. Nothing else draws
-            # from NumPy meanwhile, so that the same are drawn here before, and decoded alone.
-            drawn = np.random.choice(n_samples * len(index), said.n_samples_overall, p=p)  # noqa: NPY002
-            values = _sum_of_batches(mini_batches, drawn, len(index), genes)
-            values /= len(batches)
-        if not latent:
-            values *= said.library_size
-        if said.return_numpy or index is None:
+            values = self.draw(model, asked).of_genes(asked.genes)
+        if said.return_numpy or asked.index is None:
             return values
-        columns = adata.var_names if genes is None else adata.var_names[genes]
-        return pd.DataFrame(values, columns=columns, index=index)
+        columns = asked.adata.var_names
+        columns = columns if asked.genes is None else columns[asked.genes]
+        return pd.DataFrame(values, columns=columns, index=asked.index)
+
+    def drawn(self, *args: Any, **kwargs: Any) -> DrawnExpression:
+        """Return samples of any cells, for a call that is :meth:`covered`."""
+        with torch.inference_mode():
+            return self.draw(self.model, _Asked(self.model, self.covered(*args, **kwargs)))
+
+    def draw(self, model: Any, asked: _Asked) -> DrawnExpression:
+        """Decode and draw ``n_samples_overall`` samples of any cells."""
+        said = asked.said
+        assert asked.index is not None
+        n_cells = len(asked.index)
+        n_samples = said.n_samples_overall // len(asked.indices) + 1  # of a mask its length
+        mini_batches, p = asked.decoded(n_samples), None
+        if said.weights == "importance":
+            (batch,) = asked.batches
+            kept = _Weighted(model, n_samples)
+            for tensors in asked.loader:
+                kept.add(tensors, batch, asked.latent)
+            p = kept.weights(asked.adata, asked.indices, said.importance_weighting_kwargs)
+            mini_batches = (iter([expression]) for expression in kept.expressions)
+        # scvi-tools draws after it has decoded all samples of all cells. Nothing else draws
+        # from NumPy meanwhile, so that the same are drawn here before, and decoded alone.
+        drawn = np.random.choice(n_samples * n_cells, said.n_samples_overall, p=p)  # noqa: NPY002
+        factor = 1 if asked.latent else said.library_size
+        return DrawnExpression(mini_batches, drawn, n_cells, len(asked.batches), factor)
+
+
+class _Asked:
+    """What normalised expression is asked of: cells, batches, genes (None: all)."""
+
+    def __init__(self, model: Any, said: Any) -> None:
+        self.model, self.said = model, said
+        self.loader, self.batches, self.index, self.genes = said.dataloader, [None], None, None
+        self.latent = said.library_size == "latent"
+        if self.loader is not None:
+            return
+        # Not before it is needed: scvi-tools may come to have it elsewhere.
+        from scvi.model._utils import _get_batch_code_from_category
+
+        self.adata = adata = model._validate_anndata(said.adata)
+        self.indices = np.arange(adata.n_obs) if said.indices is None else said.indices
+        self.loader = model._make_data_loader(
+            adata=adata,
+            indices=self.indices,
+            batch_size=said.batch_size,
+            **(said.data_loader_kwargs or {}),
+        )
+        manager = model.get_anndata_manager(adata, required=True)
+        self.batches = _get_batch_code_from_category(manager, said.transform_batch)
+        if said.gene_list is not None:
+            self.genes = np.flatnonzero(adata.var_names.isin(said.gene_list))
+        self.index = adata.obs_names[self.indices]
+
+    def decoded(self, n_samples: int) -> Iterator[Iterator[Tensor]]:
+        """For each mini-batch, expression under each of the batches."""
+        for tensors in self.loader:
+            yield (
+                _normalized(_decoded(self.model, tensors, n_samples, batch)[1], self.latent)
+                for batch in track(self.batches, disable=self.said.silent)
+            )
 
 
 class FusedLikelihoodParameters(FusedMethod):
@@ -213,12 +250,6 @@ class FusedLikelihoodParameters(FusedMethod):
                 else:
                     cells[name].add(then(real(raw[parameter])))
         return {name: parts.joined() for name, parts in cells.items()}
-
-
-FUSED_METHODS: tuple[type[FusedMethod], ...] = (
-    FusedNormalizedExpression,
-    FusedLikelihoodParameters,
-)
 
 
 def _decoded(model: Any, tensors: Any, n_samples: int, batch: Any) -> tuple[Any, Any]:
@@ -296,7 +327,7 @@ def _mean_of_samples(
     n_samples, n_cells = value.shape[:2]
     if isinstance(value, LazyExpanded) and value.source.dim() < 3:  # the same in every sample
         n_samples = 1
-    step = max(1, _MOST_ELEMENTS // max(1, n_cells * _n_genes(value, genes)))
+    step = max(1, MOST_ELEMENTS // max(1, n_cells * _n_genes(value, genes)))
     parts = (
         samples(value, start, min(start + step, n_samples)) for start in range(0, n_samples, step)
     )
@@ -304,32 +335,66 @@ def _mean_of_samples(
     return functools.reduce(Tensor.add_, sums).div_(n_samples)
 
 
-def _sum_of_batches(
-    mini_batches: Iterator[Iterator[Tensor]],
-    drawn: np.ndarray,
-    n_cells: int,
-    genes: np.ndarray | None,
-) -> np.ndarray:
-    """Sum over batches of the drawn rows of (samples x cells, genes), in the order of drawing."""
-    sample, cell = np.divmod(drawn, n_cells)
-    out = torch.zeros(0)
-    start = 0
-    for per_batch in mini_batches:
-        for expression in per_batch:
-            n_here, n_genes = expression.shape[-2], _n_genes(expression, genes)
-            if out.dim() == 1:
-                out = torch.zeros(len(drawn), n_genes, dtype=expression.dtype)
-            (places,) = np.nonzero((cell >= start) & (cell < start + n_here))
-            here = sample[places] * n_here + cell[places] - start
-            here, which = np.unique(here, return_inverse=True)  # each is decoded once
-            step = max(1, _MOST_ELEMENTS // max(1, n_genes))
-            for low in range(0, len(here), step):
-                index = torch.from_numpy(here[low : low + step]).to(expression.device)
-                part = _of_genes(rows(expression, index), genes).cpu()
-                wanted = (which >= low) & (which < low + step)
-                out[places[wanted]] += part[which[wanted] - low]
-        start += n_here
-    return out.numpy()
+class DrawnExpression:
+    """Expression of the drawn rows of (samples x cells, genes), in the order of drawing.
+
+    Of lazy outputs only the hidden units of those rows are kept.
+
+    Parameters
+    ----------
+    mini_batches
+        For each mini-batch of cells, the expression under each of ``n_batches`` batches, of
+        which the mean is taken.
+    drawn
+        Rows, (n_drawn,).
+    n_cells
+        Number of cells.
+    n_batches
+        Number of batches.
+    factor
+        What expression is multiplied by.
+    """
+
+    def __init__(
+        self,
+        mini_batches: Iterator[Iterator[Tensor]],
+        drawn: np.ndarray,
+        n_cells: int,
+        n_batches: int,
+        factor: float,
+    ) -> None:
+        self.n_drawn, self.factor = len(drawn), factor
+        sample, cell = np.divmod(drawn, n_cells)
+        parts: list[list[Tensor]] = [[] for _ in range(n_batches)]
+        which, start, n_rows = np.empty(len(drawn), np.int64), 0, 0
+        for expressions in mini_batches:
+            for k, expression in enumerate(expressions):
+                n_here = expression.shape[-2]
+                (places,) = np.nonzero((cell >= start) & (cell < start + n_here))
+                here = sample[places] * n_here + cell[places] - start
+                here, there = np.unique(here, return_inverse=True)  # each is decoded once
+                which[places] = n_rows + there
+                parts[k].append(rows(expression, torch.from_numpy(here).to(expression.device)))
+            start, n_rows = start + n_here, n_rows + len(here)
+        #: Of each batch, the rows that were drawn; which of them comes where.
+        self.batches = [joined(of_batch) for of_batch in parts]
+        self.which = torch.from_numpy(which).to(self.batches[0].device)
+
+    @torch.inference_mode()
+    def of_genes(self, genes: np.ndarray | None) -> np.ndarray:
+        """Compute those of some genes, (n_drawn, n_genes)."""
+        n_rows, n_genes = len(self.batches[0]), _n_genes(self.batches[0], genes)
+        step = max(1, MOST_ELEMENTS // max(1, n_genes))
+        blocks = []
+        for which in [self.which] if n_rows <= step else self.which.split(step):
+            batches = self.batches
+            if genes is None or n_rows > step:  # fresh: what is computed here is changed in place
+                needed, which = which.unique(return_inverse=True)
+                batches = [rows(batch, needed) for batch in batches]
+            parts = (_of_genes(batch, genes) for batch in batches)
+            mean = functools.reduce(Tensor.add_, parts).div_(len(self.batches))
+            blocks.append(mean.index_select(0, which).mul_(self.factor).cpu())
+        return torch.cat(blocks).numpy()
 
 
 class _Cells:
