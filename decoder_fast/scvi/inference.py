@@ -385,16 +385,19 @@ class DrawnExpression:
         """Compute those of some genes, (n_drawn, n_genes)."""
         n_rows, n_genes = len(self.batches[0]), _n_genes(self.batches[0], genes)
         step = max(1, MOST_ELEMENTS // max(1, n_genes))
-        blocks = []
-        for which in [self.which] if n_rows <= step else self.which.split(step):
+        if n_rows <= step:
+            step = max(1, len(self.which))  # all at once: a softmax keeps its normalisers
+        out = torch.empty(len(self.which), n_genes, dtype=self.batches[0].dtype)
+        for start in range(0, len(self.which), step):
+            which = self.which[start : start + step]
             batches = self.batches
             if genes is None or n_rows > step:  # fresh: what is computed here is changed in place
                 needed, which = which.unique(return_inverse=True)
                 batches = [rows(batch, needed) for batch in batches]
             parts = (_of_genes(batch, genes) for batch in batches)
-            mean = functools.reduce(Tensor.add_, parts).div_(len(self.batches))
-            blocks.append(mean.index_select(0, which).mul_(self.factor).cpu())
-        return torch.cat(blocks).numpy()
+            mean = functools.reduce(Tensor.add_, parts).div_(len(batches)).mul_(self.factor)
+            out[start : start + step] = mean.index_select(0, which)
+        return out.numpy()
 
 
 class _Cells:
