@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import pickle
 
@@ -218,6 +219,26 @@ def test_pickle_of_a_trained_model(pair):
         return before, expression
 
     both(pair, ask, rtol=1e-4)
+
+
+class AbstractPlan(scvi.train.TrainingPlan, abc.ABC):
+    """Of a metaclass of its own."""
+
+
+@pytest.mark.parametrize("stock_plan", [scvi.train.TrainingPlan, AbstractPlan])
+def test_processes_that_are_spawned_get_the_training_plan(pair, monkeypatch, stock_plan):
+    """The strategies ``ddp_spawn...`` pickle the model as it is while ``train`` runs."""
+    monkeypatch.setattr(SCVI, "_training_plan_cls", stock_plan)
+    pickled = []
+
+    class Pickle(pl.Callback):
+        def on_train_start(self, trainer, plan):
+            model = pickle.loads(pickle.dumps(pair[1]))
+            pickled.append((vars(model)["_training_plan_cls"], type(plan)))
+
+    train(pair[1], callbacks=[Pickle()])
+    ((kind, same),) = pickled
+    assert kind is same and issubclass(kind, stock_plan) and kind is not stock_plan
 
 
 @pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy])

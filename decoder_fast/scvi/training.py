@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import types
@@ -18,6 +19,18 @@ from .module import takes_csr
 
 
 @functools.cache
+def _pickled_by_making(metaclass: type) -> type:
+    """Make the metaclass of training plans that pickle makes anew, as they have no name to find."""
+    kind = type(f"Fused{metaclass.__name__}", (metaclass,), {})
+
+    def reduce(plan: Any) -> tuple[Any, ...]:
+        return _fused_training_plan, plan._made_of
+
+    copyreg.pickle(kind, reduce)
+    return kind
+
+
+@functools.cache
 def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
     """Make the subclass of a training plan that costs less a step.
 
@@ -26,8 +39,10 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
     it is. With ``cuda_graph`` the steps are recorded and replayed.
     """
     bases = (GraphedPlan, stock_class) if cuda_graph else (stock_class,)
+    metaclass: Any = _pickled_by_making(type(stock_class))
 
-    class FusedTrainingPlan(*bases):  # type: ignore[misc]
+    class FusedTrainingPlan(*bases, metaclass=metaclass):  # type: ignore[misc,metaclass]
+        _made_of = stock_class, cuda_graph
         _logged: Any = None  # metrics that Lightning knows of in this epoch
 
         def on_train_epoch_start(self) -> None:
@@ -59,18 +74,9 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
                 optimizer_cls = functools.partial(optimizer_cls, **options)  # type: ignore[assignment]
             return super()._optimizer_creator_fn(optimizer_cls)
 
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            # The class was made at run time, so pickle cannot find it by name.
-            return _restore_plan, (stock_class, cuda_graph), self.__dict__
-
     FusedTrainingPlan.__doc__ = stock_class.__doc__
     FusedTrainingPlan.__name__ = FusedTrainingPlan.__qualname__ = f"Fused{stock_class.__name__}"
     return FusedTrainingPlan
-
-
-def _restore_plan(stock_class: type, cuda_graph: bool) -> Any:
-    cls: Any = _fused_training_plan(stock_class, cuda_graph)
-    return cls.__new__(cls)
 
 
 class FusedTrain:
