@@ -55,7 +55,7 @@ struct CountNll {
     const float* upstream;  // n_rows: gradient by each negative log-likelihood, or null:
     double upstream_of_all;  // the same number for every row
     float* nll;             // n_rows
-    float* log_sum_exp;     // n_rows: of the logits; 0 under softplus
+    float* shift;           // n_rows: library, under softmax less log-sum-exp of the logits
     float* d_log_mu;        // n_rows: sum over genes of the log-likelihood's derivative by log(mu)
     float* d_hidden;        // gradients, in the shapes of what they belong to
     float* d_scale_weight;

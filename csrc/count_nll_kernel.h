@@ -54,7 +54,7 @@ struct Call {
 
     CountNll& in;
     bool gradients;       // any is wanted
-    bool log_sum_exp_alone;  // nothing else is wanted
+    bool shift_alone;  // nothing else is wanted
     bool by_element;      // theta differs by cell
     bool h_by_cell_wanted;
     bool fast_products;   // in bfloat16
@@ -101,7 +101,7 @@ inline void plan(Call& c) {
     const CountNll& in = c.in;
     c.gradients = in.d_hidden || in.d_scale_weight || in.d_scale_bias || in.d_dropout_weight ||
                   in.d_dropout_bias || in.d_r_weight || in.d_r_bias || in.d_px_r;
-    c.log_sum_exp_alone = !c.gradients && in.nll == nullptr && in.d_log_mu == nullptr;
+    c.shift_alone = !c.gradients && in.nll == nullptr && in.d_log_mu == nullptr;
     c.by_element = in.likelihood != poisson && (in.r_weight != nullptr || in.px_r_index != nullptr);
     c.h_by_cell_wanted = in.d_scale_weight || in.d_dropout_weight || in.d_r_weight;
 
@@ -130,7 +130,7 @@ inline void carve(Call& c, Carver& memory) {
     const std::int64_t genes = in.n_genes + 16;  // vectors may reach over the end
     for (float** p : {&c.theta, &c.theta_eps, &c.inv_theta_eps, &c.eps_ratio, &c.d_log_theta})
         memory.take(*p, genes);
-    memory.take(c.e, c.log_sum_exp_alone ? 0 : in.n_genes * c.ld);
+    memory.take(c.e, c.shift_alone ? 0 : in.n_genes * c.ld);
     memory.take(c.d, c.gradients ? in.n_genes * c.ld : 0);
     const std::int64_t n_h_by_cell = c.h_by_cell_wanted ? c.n_hidden_padded * cells : 0;
     memory.take(c.h_by_unit, c.fast_products ? 0 : in.n_hidden * cells);
@@ -152,7 +152,7 @@ inline void carve(Call& c, Carver& memory) {
         Worker w{};
         memory.take(w.dropout, in.likelihood == zinb ? c.tile * c.ld : 0);
         memory.take(w.r, c.by_element ? c.tile * c.ld : 0);
-        memory.take(w.e, c.log_sum_exp_alone ? c.tile * c.ld : 0);
+        memory.take(w.e, c.shift_alone ? c.tile * c.ld : 0);
         const std::int64_t gene_pairs = c.fast_products ? (c.tile + 1) / 2 : 0;
         memory.take(w.weight_by_unit, c.fast_products ? c.tile * c.unit_pairs() : 0);
         memory.take(w.weight_by_gene, gene_pairs * c.n_hidden_padded);
@@ -520,7 +520,7 @@ inline void phase1(const Call& c, std::int64_t chunk, Worker& w) {
             }
             continue;
         }
-        float* e = c.log_sum_exp_alone ? w.e : c.e + gene * c.ld;
+        float* e = c.shift_alone ? w.e : c.e + gene * c.ld;
         head(c, w, c.in.scale_weight, c.in.scale_bias, gene, n, e);
         if (c.in.activation == softplus) {
             for (std::int64_t i = 0; i < n; ++i) {
@@ -592,8 +592,8 @@ inline void combine_logits(const Call& c) {
         const double lse = c.row_max[i] + std::log(c.row_total[i]);
         c.row_shift[i] = library - lse;
         c.row_factor[i] = real ? static_cast<float>(std::exp(library) / c.row_total[i]) : 0.0f;
-        if (real && in.log_sum_exp != nullptr) {
-            in.log_sum_exp[c.first_row + i] = static_cast<float>(lse);
+        if (real && in.shift != nullptr) {
+            in.shift[c.first_row + i] = static_cast<float>(c.row_shift[i]);
         }
     }
 }
@@ -1070,7 +1070,7 @@ inline std::int32_t count_nll(CountNll& in) {
         parallel_for(c.n_cells_padded / 16, c.n_workers, pack_cells);
         parallel_for(c.n_chunks, c.n_workers, first);
         combine_logits(c);
-        if (c.log_sum_exp_alone) continue;
+        if (c.shift_alone) continue;
         parallel_for(c.n_chunks, c.n_workers, second);
         bool refused = false;
         for (int i = 0; i < c.n_workers; ++i) {

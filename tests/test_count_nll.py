@@ -921,12 +921,12 @@ def test_opcheck(likelihood, dispersion, scale_activation, samples, layout, back
     ops = torch.ops.decoder_fast
     torch.library.opcheck(ops.count_nll.default, arguments)
     with torch.no_grad():
-        nll, lse, usum = ops.count_nll(*arguments)
+        nll, shift, usum = ops.count_nll(*arguments)
     torch.library.opcheck(
         ops.count_nll_backward.default,
         (
             torch.randn_like(nll),
-            lse,
+            shift,
             usum,
             *(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments),
             " ".join(problem.tensors),

@@ -182,7 +182,7 @@ def test_monte_carlo_samples_without_biases(likelihood, by, take, triton_device)
 
 @pytest.mark.parametrize("likelihood", ["nb", "poisson"])
 def test_long_sums(likelihood, take, kernels, triton_device, monkeypatch):
-    """120 tiles added by one program: plain float32 sums would lose a digit."""
+    """240 tiles added by one program: plain float32 sums would lose a digit."""
     take("chunked")
     monkeypatch.setattr(kernels, "_PROGRAMS", 1)
     by = "none" if likelihood == "poisson" else "gene"
@@ -227,7 +227,66 @@ def test_small_and_odd_shapes(shape, route, take, triton_device):
     take(route)
     n, n_genes, n_hidden = shape
     x, parameters = problem("zinb", "gene", n=n, n_genes=n_genes, n_hidden=n_hidden)
-    check(x, parameters, triton_device, likelihood="zinb", floor=2e-6)
+    # The softmax of one gene is 1, whatever its logit: gradients by it are nothing but rounding.
+    nothing = {"scale_weight", "scale_bias"} if n_genes == 1 else set()
+    wanted = parameters.keys() - nothing
+    options = {"likelihood": "zinb"}
+    got = check(x, parameters, triton_device, floor=2e-6, wanted=wanted, **options)
+    size = got["library"].abs().sum() * parameters["hidden"].abs().max().clamp(min=1)
+    options |= {"device": triton_device, "backend": "triton", "wanted": nothing | {"library"}}
+    got = evaluate(count_nll, x, parameters, torch.float32, **options)
+    assert all(got[name].abs().max() <= 1e-6 * size for name in nothing)
+
+
+@pytest.mark.parametrize(("n_genes", "programs"), [(2_000, 500), (40_000, 1)])
+def test_what_shifts_a_row_is_rounded_once(
+    n_genes, programs, take, kernels, triton_device, monkeypatch
+):
+    """Its error is that of every mean, so that sums over genes do not average it out."""
+    take("chunked")
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    n = 20
+    generator = torch.Generator().manual_seed(0)
+    bias = 0.3 * torch.randn(n_genes, generator=generator) - 2  # logits without a product's error
+    size = bias.double().logsumexp(0)
+    library = size.float() + torch.randn(n, 1, generator=generator) / 2
+    shift = torch.ops.decoder_fast.count_nll(
+        *(t.to(triton_device) for t in (torch.ones(1, n, 1), library[None, :, 0])),
+        *(t.to(triton_device) for t in (torch.zeros(n_genes, 1), bias)),
+        *(None,) * 6,
+        *(torch.zeros(n, n_genes, device=triton_device), None, None, None),
+        *("poisson", "softmax", "triton"),
+    )[1].cpu()
+    exact = library[:, 0].double() - size
+    # half a unit in its last place, and a GPU's rounding of the exponentials, which it sums
+    assert ((shift[0] - exact).abs() <= 6e-8 * exact.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("likelihood", "by", "library"),
+    [
+        *(("poisson", "none", library) for library in (-100.0, -41.0, -39.0, 80.0)),
+        *(("nb", "gene", library) for library in (-80.0, -41.0, -39.0, 80.0)),
+    ],
+)
+def test_extreme_libraries(likelihood, by, library, route, take, triton_device):
+    """The mean leaves the range of float32, or nearly so; the softmax does not."""
+    take(route)
+    x, parameters = problem(likelihood, by, n=9, n_genes=70)
+    parameters["library"].fill_(library)
+    check(x, parameters, triton_device, likelihood=likelihood, floor=5e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("likelihood", "by"), [("poisson", "none"), ("zinb", "gene")])
+def test_cell_without_counts(likelihood, by, route, take, triton_device):
+    """Whose library size is the logarithm of nothing."""
+    take(route)
+    x, parameters = problem(likelihood, by, n=37)
+    x[:2] = 0
+    parameters["library"][:2] = -torch.inf
+    check(x, parameters, triton_device, likelihood=likelihood)
 
 
 @pytest.mark.parametrize(("n", "n_genes"), [(0, 5), (4, 0)])
@@ -535,8 +594,8 @@ def test_precision_by_torchs_newer_setting(setting, expected, kernels):
 def test_predicate_of_the_route(kernels, triton_device):
     from decoder_fast.ops.count_nll import _inputs
 
-    def fused(likelihood, by, setting, n_hidden=H):
-        x, parameters = problem(likelihood, by, n=3, n_genes=5, n_hidden=n_hidden)
+    def fused(likelihood, by, setting, n_hidden=H, n=3, n_genes=5):
+        x, parameters = problem(likelihood, by, n=n, n_genes=n_genes, n_hidden=n_hidden)
         names = (
             "hidden library scale_weight scale_bias dropout_weight dropout_bias r_weight r_bias "
             "px_r px_r_index"
@@ -556,12 +615,14 @@ def test_predicate_of_the_route(kernels, triton_device):
     assert not fused("nb", "gene", "highest")
     assert not fused("nb", "table", "high") and not fused("nb", "cell", "high")
     assert not fused("nb", "gene", "high", 129)
+    assert fused("nb", "gene", "high", 2, 1_024, 1_024)
+    assert not fused("nb", "gene", "high", 2, 1_024, 1_025)
 
 
 @settings(max_examples=12)
 @given(
     n=st.integers(1, 40),
-    n_genes=st.integers(1, 140),
+    n_genes=st.integers(2, 140),  # one gene: test_small_and_odd_shapes
     n_hidden=st.integers(1, 40),
     case=st.sampled_from(EVERY),
     csr=st.booleans(),

@@ -1,13 +1,16 @@
 """``count_nll``: hidden units, heads, library and counts to one negative log-likelihood a cell.
 
 Rows are cells, or Monte-Carlo samples of cells; row ``i`` has the counts of cell ``i % n_cells``.
-The forward pass finds each row's log-sum-exp, then its likelihood and ``usum``, the sum over genes
-of the derivative with respect to log(mu). The backward pass recomputes each tile. Nothing of size
-rows x genes exists; the two routes differ in what a tile's logits come from:
+The forward pass finds each row's ``shift``, which makes log(mu) of its logits, then its likelihood
+and ``usum``, the sum over genes of the derivative with respect to log(mu). The backward pass
+recomputes each tile. Nothing of size rows x genes exists; the two routes differ in what a tile's
+logits come from:
 
-- *fused*: a product inside the kernel, and so are the gradients' products. For tensor cores.
+- *fused*: a product inside the kernel, and so are the gradients' products. Few launches, for small
+  mini-batches on tensor cores.
 - *chunked*: a product of the vendor's library for a chunk of genes, which the kernels then read,
-  and overwrite with gradients. For strict float32, wide hidden layers, and dispersions by cell.
+  and overwrite with gradients. For all else: the gradients of an element are computed once, where
+  the fused route computes them anew for every product that takes them.
 
 :func:`is_fused` chooses. CSR counts are scattered into a dense chunk on either route.
 
@@ -38,8 +41,11 @@ from .common import dot, exp, expm1, launch, log1p, product_precision, sigmoid, 
 if TYPE_CHECKING:
     from decoder_fast.reference.count_nll import Inputs
 
-#: Bytes of all the buffers (rows x genes of a chunk) that exist at once: fits an L2 cache.
-CHUNK_BYTES = 24 << 20
+#: Bytes of all the buffers (rows x genes of a chunk) that exist at once. Fewer would fit an L2
+#: cache, but then Python would take longer to launch the kernels than a GPU to run them.
+CHUNK_BYTES = 48 << 20
+#: Rows x genes up to which the fused route is taken.
+FUSED_ELEMENTS = 1 << 20
 #: Widest hidden layer that the fused route holds in one tile.
 MAX_FUSED_HIDDEN = 128
 #: Programs that fill a large GPU twice.
@@ -75,42 +81,44 @@ def _binet_slope_above_one(inverse):
 
 
 @triton.jit
-def _binet(v, log_v):
+def _binet(v, inverse):
     """Binet's function for any ``v > 0``: below one by the recurrence from ``v + 1``."""
     small = v < 1.0
-    inverse = 1.0 / tl.where(small, v + 1.0, v)
-    shift = (v + 0.5) * (tl.log(v + 1.0) - log_v) - 1.0
-    return _binet_above_one(inverse) + tl.where(small, shift, 0.0)
+    shift = (v + 0.5) * tl.log(1.0 + inverse) - 1.0
+    return _binet_above_one(tl.where(small, 1.0 / (v + 1.0), inverse)) + tl.where(small, shift, 0.0)
 
 
 @triton.jit
-def _binet_slope(v, log_v):
+def _binet_slope(v, inverse):
     """``-v S'(v)`` of Binet's function for any ``v > 0``."""
     small = v < 1.0
-    inverse = 1.0 / tl.where(small, v + 1.0, v)
-    slope = _binet_slope_above_one(inverse)
-    shift = (v + 0.5) * inverse - v * (tl.log(v + 1.0) - log_v)
-    return tl.where(small, v * inverse * slope + shift, slope)
+    inverse_of_next = 1.0 / (v + 1.0)
+    slope = _binet_slope_above_one(tl.where(small, inverse_of_next, inverse))
+    shift = (v + 0.5) * inverse_of_next - v * tl.log(1.0 + inverse)
+    return tl.where(small, v * inverse_of_next * slope + shift, slope)
 
 
 @triton.jit
-def _log_ratio(difference, numerator, denominator):
-    """``log(numerator / denominator)``, accurate near one thanks to their difference."""
-    inverse = 1.0 / denominator
-    relative = difference * inverse
+def _log1p(relative, ratio, inverse_ratio):
+    """``log(ratio)`` of ``ratio = 1 + relative``, accurate near one thanks to ``relative``."""
     near = relative > -0.5
-    ratio = tl.where(near, 1.0 + relative, numerator * inverse)
-    return tl.log(ratio) + tl.where(near, (relative - (ratio - 1.0)) / ratio, 0.0)
+    ratio = tl.where(near, 1.0 + relative, ratio)
+    return tl.log(ratio) + tl.where(near, (relative - (ratio - 1.0)) * inverse_ratio, 0.0)
 
 
 @triton.jit
 def _saturation_minus_log1p(z, saturation, log1p_z):
     """``saturation - log1p(z)``, with ``saturation = z / (1 + z)``, without cancellation."""
-    y = z / (z + 2.0)
-    y2 = y * y
-    tail = y * (1 / 3.0 + y2 * (1 / 5.0 + y2 * (1 / 7.0)))
-    series = -2.0 * y2 * (1.0 / (1.0 + y) + tail)
-    return tl.where(tl.abs(z) < 0.2, series, saturation - log1p_z)
+    # -(s + log(1 - s)) / s**2 of the saturation s, where abs(z) < 0.2; relative error 1.2e-8
+    p = 0.0884972736
+    p = p * saturation + 0.129273936
+    p = p * saturation + 0.144220427
+    p = p * saturation + 0.166622683
+    p = p * saturation + 0.199978277
+    p = p * saturation + 0.25000006
+    p = p * saturation + 0.333333433
+    p = p * saturation + 0.5
+    return tl.where(tl.abs(z) < 0.2, -saturation * saturation * p, saturation - log1p_z)
 
 
 @triton.jit
@@ -132,7 +140,8 @@ def _terms(
 
     Those that are not asked for (``VALUE``, ``D_THETA``) or that the likelihood lacks are any
     number. Without ``FRACTIONS`` no count lies between zero and one. Symbols as in
-    ``decoder_fast/reference/log_prob.py``.
+    ``decoder_fast/reference/log_prob.py``. The kernels wait for their arithmetic, and a division
+    takes that of a dozen products: each reciprocal is taken once.
     """
     counted = x > 0.0
     x1 = tl.where(counted, x, 1.0)  # a count to divide by
@@ -140,13 +149,15 @@ def _terms(
     if LIKELIHOOD == "poisson":
         value = x
         if VALUE:
-            near = tl.abs(difference) < 0.5 * x1
+            inverse_x = 1.0 / x1
+            relative = difference * inverse_x
+            near = tl.abs(relative) < 0.5
             log_x = tl.log(x1)
-            log_ratio = tl.where(near, log1p(tl.where(near, difference / x1, 0.0)), log_mu - log_x)
+            log_ratio = tl.where(near, log1p(tl.where(near, relative, 0.0)), log_mu - log_x)
             if FRACTIONS:
-                binet_x = _binet(x1, log_x)
+                binet_x = _binet(x1, inverse_x)
             else:
-                binet_x = _binet_above_one(1.0 / x1)
+                binet_x = _binet_above_one(inverse_x)
             at_mean = 0.5 * (log_x + 1.8378770664093453) + binet_x
             value = tl.where(counted, x * log_ratio - at_mean, 0.0) - difference
         return value, -difference, value, value
@@ -154,30 +165,39 @@ def _terms(
     theta_eps = theta + _EPS
     total = x + theta_eps
     t = mu + theta_eps
+    inverse_total = 1.0 / total
     inverse_t = 1.0 / t
-    log1p_z = _log_ratio(difference, t, total)
+    inverse_mu = 1.0 / (mu + _EPS)
+    z = difference * inverse_total
+    log1p_z = _log1p(z, t * inverse_total, total * inverse_t)
     of_zero = -theta * log1p_z  # all there is where the count is zero
+    n = x1 + theta  # where counted the total but for the epsilon, which is lost beside a one
+    inverse_n = inverse_total
+    if FRACTIONS:
+        inverse_n += _EPS * inverse_total * inverse_total
     value = of_zero
     if VALUE:
-        n = x1 + theta
+        inverse_x = 1.0 / x1
         gamma = 0.5 * (log_theta - tl.log(x1 * n) - 1.8378770664093453) - binet_theta
         if FRACTIONS:
-            gamma += _binet(n, tl.log(n)) - _binet(x1, tl.log(x1))
+            gamma += _binet(n, inverse_n) - _binet(x1, inverse_x)
         else:
-            gamma += _binet_above_one(1.0 / n) - _binet_above_one(1.0 / x1)
+            gamma += _binet_above_one(inverse_n) - _binet_above_one(inverse_x)
         # log(mu / x) - log1p(z) as one logarithm, because x times either may be large
-        x_eps = x1 + _EPS
-        log_ratio = _log_ratio(theta * difference, (mu + _EPS) * total, x_eps * t)
+        inverse = inverse_x * inverse_t
+        log_ratio = _log1p(
+            theta * difference * inverse,
+            (mu + _EPS) * total * inverse,
+            x1 * t * (inverse_mu * inverse_total),
+        )
         value += tl.where(counted, x * log_ratio + gamma, 0.0)
-    d_mu = theta * inverse_t * (x * (mu / (mu + _EPS)) - mu)
+    d_mu = theta * inverse_t * (x * (mu * inverse_mu) - mu)
     d_theta = value
     if D_THETA:
-        z = difference / total
-        inverse_n = 1.0 / (x1 + theta)
         d_theta = _saturation_minus_log1p(z, difference * inverse_t, log1p_z)
-        d_theta = theta * (d_theta - _EPS * mu * inverse_t / theta_eps)
+        d_theta = theta * (d_theta - mu * inverse_t * (_EPS / theta_eps))
         if FRACTIONS:
-            slope = _binet_slope(x1 + theta, tl.log(x1 + theta))
+            slope = _binet_slope(n, inverse_n)
         else:
             slope = _binet_slope_above_one(inverse_n)
         of_gamma = inverse_n * (0.5 * x - theta * slope) + slope_theta
@@ -187,20 +207,29 @@ def _terms(
         return value, d_mu, d_theta, value
 
     s = of_zero - d  # where the count is zero
+    e_s = tl.exp(-tl.abs(s))
+    e_d = tl.exp(-tl.abs(d))
+    inverse = 1.0 / ((1.0 + e_s) * (1.0 + e_d))
+    inverse_s = inverse * (1.0 + e_d)
+    inverse_d = inverse * (1.0 + e_s)
     if VALUE:
-        # softplus(s) - softplus(-d), its linear parts subtracted before they are rounded
-        e_s = tl.exp(-tl.abs(s))
-        e_d = tl.exp(-tl.abs(d))
-        at_zero = log1p((e_s - e_d) / (1.0 + e_d))
-        at_zero += tl.maximum(of_zero, tl.minimum(d, 0.0))
-        value = tl.where(counted, value - softplus(d), at_zero)
-    sigmoid_s = sigmoid(s)
+        # softplus(s) - softplus(-d), its linear parts subtracted before they are rounded; where
+        # counted softplus(d)
+        relative = tl.where(counted, e_d, (e_s - e_d) * inverse_d)
+        ratio = 1.0 + relative
+        inverse_ratio = tl.where(counted, inverse_d, (1.0 + e_d) * inverse_s)
+        logarithm = tl.log(ratio) + (relative - (ratio - 1.0)) * inverse_ratio
+        at_zero = tl.maximum(of_zero, tl.minimum(d, 0.0)) + logarithm
+        value = tl.where(counted, value - (tl.maximum(d, 0.0) + logarithm), at_zero)
+    sigmoid_s = tl.where(s >= 0.0, 1.0, e_s) * inverse_s
     d_mu *= tl.where(counted, 1.0, sigmoid_s)
     if D_THETA:
         d_theta = tl.where(counted, d_theta + of_gamma, d_theta * sigmoid_s)
     # where the count is zero sigmoid(-d) - sigmoid(s), as a product
-    difference_s = -expm1(of_zero) * sigmoid(-s) * sigmoid(-d)
-    return value, d_mu, d_theta, tl.where(counted, -sigmoid(d), difference_s)
+    difference_s = tl.where(s >= 0.0, e_s, 1.0) * (tl.where(d >= 0.0, e_d, 1.0) * inverse)
+    difference_s *= -expm1(of_zero)
+    sigmoid_d = tl.where(d >= 0.0, 1.0, e_d) * inverse_d
+    return value, d_mu, d_theta, tl.where(counted, -sigmoid_d, difference_s)
 
 
 @triton.jit
@@ -249,24 +278,40 @@ def _logits(
 
 
 @triton.jit
-def _mean(a, library, lse):
-    """``log(mu)`` and ``mu`` of a tile; without ``lse`` the activation is softplus."""
-    if lse is not None:
-        log_mu = a + (library - lse)[:, None]
+def _mean(a, shift, SOFTMAX: tl.constexpr):
+    """``log(mu)`` and ``mu`` of a tile."""
+    if SOFTMAX:
+        log_mu = a + shift[:, None]
         mu = tl.exp(log_mu)
     else:
         scale = softplus(a)
-        mu = exp(library)[:, None] * scale
+        mu = exp(shift)[:, None] * scale
         # log(softplus(a)) is a itself where softplus underflows
         log_scale = tl.where(a < -30.0, a, tl.log(tl.maximum(scale, 1e-30)))
-        log_mu = log_scale + library[:, None]
+        log_mu = log_scale + shift[:, None]
     return log_mu, mu
+
+
+@triton.jit
+def _gene_numbers(r, numbers, n_genes, GENES: tl.constexpr):
+    """Compute what :func:`_dispersion` takes of each gene: three numbers, rows of ``numbers``."""
+    genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
+    gene_mask = genes < n_genes
+    theta = tl.exp(tl.load(r + genes, mask=gene_mask, other=0.0))
+    inverse = 1.0 / theta
+    tl.store(numbers + genes, theta, mask=gene_mask)
+    numbers += n_genes
+    tl.store(numbers + genes, _binet(theta, inverse), mask=gene_mask)
+    numbers += n_genes
+    tl.store(numbers + genes, _binet_slope(theta, inverse), mask=gene_mask)
 
 
 @triton.jit
 def _dispersion(
     r,
     r_bias,
+    thetas,
+    of_thetas,
     rows,
     genes,
     row_mask,
@@ -279,10 +324,13 @@ def _dispersion(
 ):
     """Logarithm of a tile's inverse dispersion, itself, and Binet's function of it.
 
-    With ``SLOPE`` that function's slope. By gene alone, or by row, of which there are ``r_rows``.
+    With ``SLOPE`` that function's slope. By gene alone, and then read from ``thetas`` and
+    ``of_thetas``, or by row, of which there are ``r_rows``.
     """
     if R_BY_GENE:
-        log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)
+        log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)[None, :]
+        theta = tl.load(thetas + genes, mask=gene_mask, other=1.0)[None, :]
+        of_theta = tl.load(of_thetas + genes, mask=gene_mask, other=0.0)[None, :]
     else:
         row_offsets = (rows % r_rows).to(tl.int64) * r_row
         offsets = row_offsets[:, None] + genes.to(tl.int64)[None, :] * r_gene
@@ -290,10 +338,9 @@ def _dispersion(
         log_theta = tl.load(r + offsets, mask=inside, other=0.0)
         if r_bias is not None:
             log_theta += tl.load(r_bias + genes, mask=gene_mask, other=0.0)[None, :]
-    theta = tl.exp(log_theta)
-    of_theta = _binet_slope(theta, log_theta) if SLOPE else _binet(theta, log_theta)
-    if R_BY_GENE:
-        log_theta, theta, of_theta = log_theta[None, :], theta[None, :], of_theta[None, :]
+        theta = tl.exp(log_theta)
+        inverse = 1.0 / theta
+        of_theta = _binet_slope(theta, inverse) if SLOPE else _binet(theta, inverse)
     return log_theta, theta, of_theta
 
 
@@ -338,6 +385,7 @@ def _log_sum_exp(
     row_mask = rows < n_rows
     maximum = tl.full((ROWS,), -3e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
     first = tl.program_id(1) * genes_a_split
     for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
         genes = start + tl.arange(0, GENES)
@@ -348,40 +396,56 @@ def _log_sum_exp(
         )  # fmt: skip
         a = tl.where(gene_mask[None, :], a, float("-inf"))
         highest = tl.maximum(maximum, tl.max(a, 1))
-        total = total * tl.exp(maximum - highest) + tl.sum(tl.exp(a - highest[:, None]), 1)
+        ratio = tl.exp(maximum - highest)
+        total, rest = _add(total * ratio, rest * ratio, tl.sum(tl.exp(a - highest[:, None]), 1))
         maximum = highest
     offsets = tl.program_id(1).to(tl.int64) * n_rows + rows
     tl.store(maxima + offsets, maximum, mask=row_mask)
-    tl.store(sums + offsets, total, mask=row_mask)
+    tl.store(sums + offsets, total + rest, mask=row_mask)
 
 
 @triton.jit
-def _combine_log_sum_exp(maxima, sums, lse, n_rows, n_splits, ROWS: tl.constexpr):
+def _shift(maxima, sums, library, shift, n_rows, n_splits, ROWS: tl.constexpr):
+    """``library - log-sum-exp`` of some rows, rounded once: it shifts every mean of a row alike."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     maximum = tl.full((ROWS,), -3e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    rest = tl.zeros((ROWS,), tl.float32)
     for split in range(n_splits):
         offsets = tl.cast(split, tl.int64) * n_rows + rows
         other = tl.load(maxima + offsets, mask=row_mask, other=0.0)
         highest = tl.maximum(maximum, other)
-        total = total * tl.exp(maximum - highest)
-        total += tl.load(sums + offsets, mask=row_mask, other=0.0) * tl.exp(other - highest)
+        ratio = tl.exp(maximum - highest)
+        part = tl.load(sums + offsets, mask=row_mask, other=1.0) * tl.exp(other - highest)
+        total, rest = _add(total * ratio, rest * ratio, part)
         maximum = highest
-    tl.store(lse + rows, maximum + tl.log(total), mask=row_mask)
+    total += rest
+    # total = 2**n f with f in [1, 2); the first constant has few enough bits for an exact product
+    bits = total.to(tl.int32, bitcast=True)
+    n = ((bits >> 23) - 127).to(tl.float32)
+    f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    row_library = tl.load(library + rows, mask=row_mask, other=0.0)
+    result, rounding = _add(row_library, 0.0, -maximum)
+    result, rounding = _add(result, rounding, -0.693359375 * n)
+    result += rounding - (tl.log(f) - 2.12194440e-4 * n)
+    result = tl.where(total < float("inf"), result, float("nan"))
+    result = tl.where(row_library == float("-inf"), row_library, result)  # a cell without counts
+    tl.store(shift + rows, result, mask=row_mask)
 
 
 @triton.jit
 def _likelihood(
     hidden,
-    library,
-    lse,
+    shift,
     scale_weight,
     scale_bias,
     dropout_weight,
     dropout_bias,
     r,
     r_bias,
+    thetas,
+    of_thetas,
     x,
     scale_chunk,
     dropout_chunk,
@@ -399,6 +463,7 @@ def _likelihood(
     x_row,
     x_gene,
     R_BY_GENE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     FRACTIONS: tl.constexpr,
     FUSED: tl.constexpr,
@@ -409,10 +474,7 @@ def _likelihood(
     """Log-likelihood, and its derivative by log(mu), of some rows over one split of the genes."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
-    row_library = tl.load(library + rows, mask=row_mask, other=0.0)
-    row_lse = lse
-    if lse is not None:
-        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+    row_shift = tl.load(shift + rows, mask=row_mask, other=0.0)
     log_prob = tl.zeros((ROWS,), tl.float32)
     log_prob_rest = tl.zeros((ROWS,), tl.float32)
     usum = tl.zeros((ROWS,), tl.float32)
@@ -426,14 +488,14 @@ def _likelihood(
             hidden, scale_weight, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
             n_genes, n_hidden, FUSED, PRECISION,
         )  # fmt: skip
-        log_mu, mu = _mean(a, row_library, row_lse)
+        log_mu, mu = _mean(a, row_shift, SOFTMAX)
         counts, tile_bad = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
         any_bad = tl.maximum(any_bad, tile_bad)
         theta, log_theta, binet_theta, d = mu, mu, mu, mu
         if LIKELIHOOD != "poisson":
             log_theta, theta, binet_theta = _dispersion(
-                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE,
-                False,
+                r, r_bias, thetas, of_thetas, rows, genes, row_mask, gene_mask, r_rows, r_row,
+                r_gene, R_BY_GENE, False,
             )  # fmt: skip
         if LIKELIHOOD == "zinb":
             d = _logits(
@@ -455,10 +517,47 @@ def _likelihood(
 
 
 @triton.jit
+def _row_numbers(
+    library, shift, usum, grad, numbers, n_rows, grad_row, SOFTMAX: tl.constexpr, ROWS: tl.constexpr
+):
+    """Compute what :func:`_gradients` takes of each row: four numbers, rows of ``numbers``."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = rows < n_rows
+    row_library = tl.load(library + rows, mask=row_mask, other=0.0)
+    row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
+    if SOFTMAX:
+        # One exponential a gene serves the mean and the softmax. It is the mean, but where that
+        # underflows, and the softmax does not.
+        bounded = tl.maximum(row_library, -40.0)
+        row_shift = tl.load(shift + rows, mask=row_mask, other=0.0)
+        none = row_library == float("-inf")  # a cell without counts, and so without a mean
+        row_shift = tl.where(none, row_shift, row_shift + (bounded - row_library))
+        tl.store(numbers + rows, row_shift, mask=row_mask)
+        row_library -= bounded
+        row_usum *= exp(-bounded)
+    numbers += n_rows
+    tl.store(numbers + rows, exp(row_library), mask=row_mask)
+    numbers += n_rows
+    tl.store(numbers + rows, row_usum, mask=row_mask)
+    numbers += n_rows
+    row_grad = tl.load(grad + rows.to(tl.int64) * grad_row, mask=row_mask, other=0.0)
+    tl.store(numbers + rows, -row_grad, mask=row_mask)
+
+
+@triton.jit
+def _load_row_numbers(numbers, rows, row_mask, n_rows):
+    shift = tl.load(numbers + rows, mask=row_mask, other=0.0)
+    factor = tl.load(numbers + n_rows + rows, mask=row_mask, other=0.0)
+    usum = tl.load(numbers + 2 * n_rows + rows, mask=row_mask, other=0.0)
+    weight = tl.load(numbers + 3 * n_rows + rows, mask=row_mask, other=0.0)
+    return shift, factor, usum, weight
+
+
+@triton.jit
 def _gradients(
     a,
-    row_library,
-    row_lse,
+    row_shift,
+    row_factor,
     row_usum,
     row_weight,
     counts,
@@ -467,18 +566,20 @@ def _gradients(
     slope_theta,
     d,
     inside,
+    SOFTMAX: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     FRACTIONS: tl.constexpr,
     D_R: tl.constexpr,
 ):
     """Gradients of the loss by logits, log dispersion and dropout logits of a tile."""
-    log_mu, mu = _mean(a, row_library, row_lse)
+    scale = tl.exp(a + row_shift[:, None]) if SOFTMAX else softplus(a)
+    mu = scale * row_factor[:, None]
     _, u, d_r, d_dropout = _terms(
-        counts, log_mu, mu, theta, log_theta, slope_theta, slope_theta, d, LIKELIHOOD,
+        counts, mu, mu, theta, log_theta, slope_theta, slope_theta, d, LIKELIHOOD,
         FRACTIONS, False, D_R,
     )
-    if row_lse is not None:
-        u -= tl.exp(a - row_lse[:, None]) * row_usum[:, None]
+    if SOFTMAX:
+        u -= scale * row_usum[:, None]
     else:
         # d log(softplus(a)) / da, which tends to 1 where both underflow
         capped = tl.maximum(a, -80.0)
@@ -492,16 +593,15 @@ def _gradients(
 @triton.jit
 def _gradients_by_gene(
     hidden,
-    library,
-    lse,
-    usum,
-    row_weights,
+    row_numbers,
     scale_weight,
     scale_bias,
     dropout_weight,
     dropout_bias,
     r,
     r_bias,
+    thetas,
+    of_thetas,
     x,
     scale_chunk,
     dropout_chunk,
@@ -521,6 +621,7 @@ def _gradients_by_gene(
     x_row,
     x_gene,
     R_BY_GENE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     FRACTIONS: tl.constexpr,
     D_R: tl.constexpr,
@@ -557,18 +658,15 @@ def _gradients_by_gene(
             hidden, scale_weight, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
             n_genes, n_hidden, FUSED, PRECISION,
         )  # fmt: skip
-        row_library = tl.load(library + rows, mask=row_mask, other=0.0)
-        row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
-        row_weight = tl.load(row_weights + rows, mask=row_mask, other=0.0)
-        row_lse = lse
-        if lse is not None:
-            row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+        row_shift, row_factor, row_usum, row_weight = _load_row_numbers(
+            row_numbers, rows, row_mask, n_rows
+        )
         counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
         theta, log_theta, slope_theta, d = a, a, a, a
         if LIKELIHOOD != "poisson":
             log_theta, theta, slope_theta = _dispersion(
-                r, r_bias, rows, genes, row_mask, gene_mask, r_rows, r_row, r_gene, R_BY_GENE,
-                True,
+                r, r_bias, thetas, of_thetas, rows, genes, row_mask, gene_mask, r_rows, r_row,
+                r_gene, R_BY_GENE, True,
             )  # fmt: skip
         if LIKELIHOOD == "zinb":
             d = _logits(
@@ -576,8 +674,8 @@ def _gradients_by_gene(
                 gene_mask, n_genes, n_hidden, FUSED, PRECISION,
             )  # fmt: skip
         d_a, d_log_theta, d_d = _gradients(
-            a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, slope_theta,
-            d, inside, LIKELIHOOD, FRACTIONS, D_R,
+            a, row_shift, row_factor, row_usum, row_weight, counts, log_theta, theta, slope_theta,
+            d, inside, SOFTMAX, LIKELIHOOD, FRACTIONS, D_R,
         )  # fmt: skip
         if FUSED:
             if d_weight is not None:
@@ -613,15 +711,14 @@ def _gradients_by_gene(
 @triton.jit
 def _gradient_of_hidden(
     hidden,
-    library,
-    lse,
-    usum,
-    row_weights,
+    row_numbers,
     scale_weight,
     scale_bias,
     dropout_weight,
     dropout_bias,
     r,
+    thetas,
+    of_thetas,
     x,
     d_hidden,
     n_rows,
@@ -631,6 +728,7 @@ def _gradient_of_hidden(
     genes_a_split,
     x_row,
     x_gene,
+    SOFTMAX: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     FRACTIONS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -641,12 +739,9 @@ def _gradient_of_hidden(
     """Gradient by the hidden units of some rows, over one split of the genes: the fused route."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
-    row_library = tl.load(library + rows, mask=row_mask, other=0.0)
-    row_usum = tl.load(usum + rows, mask=row_mask, other=0.0)
-    row_weight = tl.load(row_weights + rows, mask=row_mask, other=0.0)
-    row_lse = lse
-    if lse is not None:
-        row_lse = tl.load(lse + rows, mask=row_mask, other=0.0)
+    row_shift, row_factor, row_usum, row_weight = _load_row_numbers(
+        row_numbers, rows, row_mask, n_rows
+    )
     products = tl.zeros((ROWS, HIDDEN), tl.float32)
     first = tl.program_id(1) * genes_a_split
     for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
@@ -661,7 +756,7 @@ def _gradient_of_hidden(
         theta, log_theta, d = a, a, a
         if LIKELIHOOD != "poisson":
             log_theta, theta, _ = _dispersion(
-                r, None, rows, genes, row_mask, gene_mask, 1, 0, 1, True, True
+                r, None, thetas, of_thetas, rows, genes, row_mask, gene_mask, 1, 0, 1, True, True
             )
         if LIKELIHOOD == "zinb":
             d = _logits(
@@ -669,8 +764,8 @@ def _gradient_of_hidden(
                 n_genes, n_hidden, True, PRECISION,
             )  # fmt: skip
         d_a, _, d_d = _gradients(
-            a, row_library, row_lse, row_usum, row_weight, counts, log_theta, theta, theta, d,
-            inside, LIKELIHOOD, FRACTIONS, False,
+            a, row_shift, row_factor, row_usum, row_weight, counts, log_theta, theta, theta, d,
+            inside, SOFTMAX, LIKELIHOOD, FRACTIONS, False,
         )  # fmt: skip
         scale_tile = _tile(scale_weight, genes, gene_mask, n_hidden, HIDDEN)
         products = dot(d_a, scale_tile, products, PRECISION)
@@ -760,12 +855,14 @@ def _scatter(
 def is_fused(inputs: Inputs) -> bool:
     """Whether products of the heads are taken inside the kernels.
 
-    Where tensor cores take them, the hidden units fit one tile, and the dispersion is by gene:
-    with one by cell the kernels would hold a third tile, or its gradient would have to be stored.
+    Where tensor cores take them, the hidden units fit one tile, and the dispersion is by gene: with
+    one by cell the kernels would hold a third tile, or its gradient would have to be stored. And
+    where launches take longer than arithmetic, of which the fused route has two times as much.
     """
     by_gene = inputs.r_weight is None and inputs.px_r_index is None
     return (
         by_gene
+        and inputs.hidden.shape[:-1].numel() * inputs.scale_weight.shape[0] <= FUSED_ELEMENTS
         and inputs.hidden.shape[-1] <= MAX_FUSED_HIDDEN
         and product_precision() != "ieee"
     )
@@ -790,6 +887,12 @@ class _Problem:
         self.hidden = inputs.hidden.reshape(self.n_rows, self.n_hidden).contiguous()
         self.library = inputs.library.reshape(self.n_rows).contiguous()
         self.softmax = inputs.scale_activation == "softmax"
+        values = inputs.counts.values if inputs.counts.dense is None else inputs.counts.dense
+        self.kinds = {
+            "SOFTMAX": self.softmax,
+            "LIKELIHOOD": inputs.likelihood,
+            "FRACTIONS": values.is_floating_point(),
+        }
         self.products = {
             "FUSED": self.fused,
             "PRECISION": product_precision() if self.fused else "ieee",
@@ -807,10 +910,26 @@ class _Problem:
         fitting = CHUNK_BYTES // (4 * numbers) if numbers else self.n_genes
         # A multiple of 64 genes keeps every chunk's first address aligned.
         self.step = max(64, min(fitting, triton.cdiv(self.n_genes, 64) * 64) // 64 * 64)
-        values = inputs.counts.values if inputs.counts.dense is None else inputs.counts.dense
-        self.fractions = values.is_floating_point()
+        self.gene_numbers = self._gene_numbers()
         self._buffers: dict[str, Tensor] = {}
         self.bad_indices: Tensor | None = None
+
+    def _gene_numbers(self) -> Tensor | None:
+        """Compute what the kernels want of a dispersion by gene."""
+        px_r = self.inputs.px_r
+        if px_r is None or self.has_table:
+            return None
+        numbers = self.hidden.new_empty(3, self.n_genes)
+        launch(
+            _gene_numbers,
+            (triton.cdiv(self.n_genes, 256),),
+            px_r.contiguous(),
+            numbers,
+            self.n_genes,
+            GENES=256,
+            num_warps=4,
+        )
+        return numbers
 
     def chunks(self) -> Iterator[slice]:
         for start in range(0, self.n_genes, self.step):
@@ -837,18 +956,25 @@ class _Problem:
     def weight(self, head: str, genes: slice) -> Tensor | None:
         return self.heads[head][genes] if self.fused and head in self.heads else None
 
-    def dispersion(self, genes: slice) -> tuple[Any, ...]:
-        """Log inverse dispersion of a chunk, its bias, number of rows, strides, and its kind."""
+    def dispersion(
+        self, genes: slice, *, slope: bool
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """Log inverse dispersion of a chunk and its bias, and by gene itself and Binet's function.
+
+        With them the number of its rows, its strides, and whether it is by gene.
+        """
         if (logits := self.logits("r", genes)) is not None:
-            return logits, self.bias("r", genes), self.n_rows, logits.stride(0), 1, False
+            tensors = (logits, self.bias("r", genes), None, None)
+            return tensors, (self.n_rows, logits.stride(0), 1, False)
         if self.inputs.px_r is None:
-            return None, None, 1, 0, 1, True
+            return (None,) * 4, (1, 0, 1, True)
         px_r = self.inputs.px_r[genes]
-        if not self.has_table:
-            return px_r.contiguous(), None, 1, 0, 1, True
+        if self.gene_numbers is not None:
+            theta, of_theta = self.gene_numbers[0], self.gene_numbers[2 if slope else 1]
+            return (px_r.contiguous(), None, theta[genes], of_theta[genes]), (1, 0, 1, True)
         assert self.inputs.px_r_index is not None
         looked_up = px_r.index_select(1, self.inputs.px_r_index)
-        return looked_up, None, self.n_cells, 1, looked_up.stride(0), False
+        return (looked_up, None, None, None), (self.n_cells, 1, looked_up.stride(0), False)
 
     def counts(self, genes: slice) -> tuple[Tensor, int, int]:
         """Return the counts of a chunk, dense, and their strides."""
@@ -886,7 +1012,7 @@ def _slots(chunks: list[slice], split: int) -> list[int]:
 
 
 # Tiles. Of the likelihood's many temporaries a thread holds those of 2 to 4 elements; more spill.
-_TILE = {"ROWS": 4, "GENES": 128, "num_warps": 8}
+_TILE = {"ROWS": 8, "GENES": 64, "num_warps": 4}
 _TILE_BY_GENE = {"ROWS": 8, "GENES": 64, "num_warps": 4, "maxnreg": 168}
 _FUSED_TILE = {"ROWS": 32, "GENES": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 224}
 _FUSED_TILE_OF_HIDDEN = {**_FUSED_TILE, "GENES": 16}
@@ -903,7 +1029,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     Returns
     -------
     tuple of Tensor
-        ``nll``, ``lse`` (zeros under softplus) and ``usum``; each (S, N), float32.
+        ``nll``, ``shift`` and ``usum``; each (S, N), float32.
 
     Raises
     ------
@@ -922,7 +1048,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     partial = inputs.hidden.new_empty(2, slots[-1], n_rows)
     options = {**problem.products, **tile}
 
-    scale_chunk = lse = None
+    scale_chunk = None
+    shift = problem.library.clone()  # all of it under softplus
     if problem.softmax:
         for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
             scale_chunk = problem.logits("scale", genes)
@@ -941,12 +1068,12 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
                 split,
                 **options,
             )
-        lse = inputs.hidden.new_empty(n_rows)
         launch(
-            _combine_log_sum_exp,
+            _shift,
             (triton.cdiv(n_rows, 128),),
             *partial,
-            lse,
+            problem.library,
+            shift,
             n_rows,
             slots[-1],
             ROWS=128,
@@ -956,20 +1083,18 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
         if scale_chunk is None or len(chunks) > 1:  # one chunk's logits are still there
             scale_chunk = problem.logits("scale", genes)
-        r, r_bias, *r_layout, by_gene = problem.dispersion(genes)
+        dispersion, (*r_layout, by_gene) = problem.dispersion(genes, slope=False)
         x, *x_strides = problem.counts(genes)
         launch(
             _likelihood,
             (row_tiles, end - slot),
             problem.hidden,
-            problem.library,
-            lse,
+            shift,
             problem.weight("scale", genes),
             problem.bias("scale", genes),
             problem.weight("dropout", genes),
             problem.bias("dropout", genes),
-            r,
-            r_bias,
+            *dispersion,
             x,
             scale_chunk,
             problem.logits("dropout", genes),
@@ -984,16 +1109,14 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
             *r_layout,
             *x_strides,
             R_BY_GENE=by_gene,
-            LIKELIHOOD=inputs.likelihood,
-            FRACTIONS=problem.fractions,
+            **problem.kinds,
             **options,
         )
     if problem.bad_indices is not None:
         inputs.counts.require_indices(problem.bad_indices)
     inputs.counts.require_counts(bad)
     log_prob, usum = partial.sum(1)
-    lse = torch.zeros_like(usum) if lse is None else lse
-    return -log_prob.view(shape), lse.view(shape), usum.view(shape)
+    return -log_prob.view(shape), shift.view(shape), usum.view(shape)
 
 
 class _Sum:
@@ -1011,7 +1134,7 @@ class _Sum:
 def _gradients_of_chunk(
     problem: _Problem,
     genes: slice,
-    row_numbers: tuple[Tensor | None, ...],
+    row_numbers: Tensor,
     cells_by_label: tuple[Tensor, Tensor] | None,
     out: dict[str, Tensor],
 ) -> None:
@@ -1022,12 +1145,12 @@ def _gradients_of_chunk(
     split = _split_size(n_rows, tile["ROWS"], gene_tiles)
     n_splits = triton.cdiv(n_rows, split)
 
-    r, r_bias, *r_layout, by_gene = problem.dispersion(genes)
+    dispersion, (*r_layout, by_gene) = problem.dispersion(genes, slope=True)
     r_chunk = None
     if cells_by_label is not None:
         r_chunk = problem.buffer("d_r", n_rows, genes)
     elif "r" in problem.heads and out.keys() & {"hidden", "r_weight", "r_bias"}:
-        r_chunk = r  # each element is read before it is overwritten
+        r_chunk = dispersion[0]  # each element is read before it is overwritten
     x, *x_strides = problem.counts(genes)
     chunks = {name: problem.logits(name, genes) for name in ("scale", "dropout")}
     sums = {
@@ -1048,13 +1171,12 @@ def _gradients_of_chunk(
             _gradients_by_gene,
             (gene_tiles, n_splits),
             problem.hidden,
-            *row_numbers,
+            row_numbers,
             problem.weight("scale", genes),
             problem.bias("scale", genes),
             problem.weight("dropout", genes),
             problem.bias("dropout", genes),
-            r,
-            r_bias,
+            *dispersion,
             x,
             chunks["scale"],
             chunks["dropout"],
@@ -1071,8 +1193,7 @@ def _gradients_of_chunk(
             *r_layout,
             *x_strides,
             R_BY_GENE=by_gene,
-            LIKELIHOOD=problem.inputs.likelihood,
-            FRACTIONS=problem.fractions,
+            **problem.kinds,
             D_R=r_chunk is not None or "r" in sums,
             DROPOUT_PRODUCTS=head == "dropout",
             HIDDEN=problem.hidden_tile,
@@ -1110,7 +1231,7 @@ def _gradients_of_chunk(
 
 
 def _fused_gradient_of_hidden(
-    problem: _Problem, row_numbers: tuple[Tensor | None, ...], d_hidden: Tensor
+    problem: _Problem, row_numbers: Tensor, d_hidden: Tensor
 ) -> None:
     tile = _FUSED_TILE_OF_HIDDEN
     row_tiles = triton.cdiv(problem.n_rows, tile["ROWS"])
@@ -1120,17 +1241,19 @@ def _fused_gradient_of_hidden(
     total = _Sum(d_hidden, slots[-1])
     splits = total.splits.view(slots[-1], *d_hidden.shape)
     for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
+        (r, _, *of_genes), _ = problem.dispersion(genes, slope=True)
         x, *x_strides = problem.counts(genes)
         launch(
             _gradient_of_hidden,
             (row_tiles, end - slot),
             problem.hidden,
-            *row_numbers,
+            row_numbers,
             problem.weight("scale", genes),
             problem.bias("scale", genes),
             problem.weight("dropout", genes),
             problem.bias("dropout", genes),
-            problem.dispersion(genes)[0],
+            r,
+            *of_genes,
             x,
             splits[slot:],
             problem.n_rows,
@@ -1139,8 +1262,7 @@ def _fused_gradient_of_hidden(
             problem.n_hidden,
             split,
             *x_strides,
-            LIKELIHOOD=problem.inputs.likelihood,
-            FRACTIONS=problem.fractions,
+            **problem.kinds,
             HIDDEN=problem.hidden_tile,
             PRECISION=problem.products["PRECISION"],
             **tile,
@@ -1149,7 +1271,7 @@ def _fused_gradient_of_hidden(
 
 
 def backward(
-    inputs: Inputs, grad: Tensor, lse: Tensor, usum: Tensor, wanted: frozenset[str]
+    inputs: Inputs, grad: Tensor, shift: Tensor, usum: Tensor, wanted: frozenset[str]
 ) -> dict[str, Tensor]:
     """Compute gradients.
 
@@ -1159,7 +1281,7 @@ def backward(
         As in :func:`forward`.
     grad
         (S, N) gradient with respect to each cell's negative log-likelihood.
-    lse, usum
+    shift, usum
         As returned by :func:`forward`.
     wanted
         Names of the fields of ``inputs`` to differentiate; products of others are not computed.
@@ -1176,11 +1298,21 @@ def backward(
     }
     if gradients:
         problem = _Problem(inputs)
-        row_numbers = (
+        row_numbers = problem.hidden.new_empty(4, problem.n_rows)
+        grad_by_row = grad.reshape(-1)
+        launch(
+            _row_numbers,
+            (triton.cdiv(problem.n_rows, 128),),
             problem.library,
-            lse.reshape(-1) if problem.softmax else None,
-            usum.reshape(-1),
-            -grad.reshape(-1),
+            shift.reshape(-1).contiguous(),
+            usum.reshape(-1).contiguous(),
+            grad_by_row,
+            row_numbers,
+            problem.n_rows,
+            grad_by_row.stride(0),
+            SOFTMAX=problem.softmax,
+            ROWS=128,
+            num_warps=4,
         )
         cells_by_label = None
         if problem.has_table and "px_r" in gradients:

@@ -57,7 +57,7 @@ class _CountNLL(ctypes.Structure):
             (c_int32, "counts_type index_type"),
             (c_void_p, "upstream"),
             (c_double, "upstream_of_all"),
-            (c_void_p, "nll log_sum_exp d_log_mu"),
+            (c_void_p, "nll shift d_log_mu"),
             (c_void_p, " ".join(f"d_{name}" for name in _GRADIENTS)),
             (c_double, "found"),
         )
@@ -147,7 +147,7 @@ def _run(
 
 def _empty_values(inputs: Inputs) -> dict[str, Tensor]:
     empty, shape = inputs.hidden.new_empty, inputs.hidden.shape[:-1]
-    return {name: empty(shape) for name in ("nll", "log_sum_exp", "d_log_mu")}
+    return {name: empty(shape) for name in ("nll", "shift", "d_log_mu")}
 
 
 def _empty_gradients(inputs: Inputs, wanted: frozenset[str]) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what :func:`decoder_fast.reference.count_nll.forward` computes."""
     values = _empty_values(inputs)
     _run(inputs, 0.0, values, {})
-    return values["nll"], values["log_sum_exp"], values["d_log_mu"]
+    return values["nll"], values["shift"], values["d_log_mu"]
 
 
 def forward_and_backward(
@@ -179,11 +179,11 @@ def forward_and_backward(
     _run(inputs, upstream, values, gradients)
     if "library" in wanted:
         gradients["library"] = -upstream * values["d_log_mu"]
-    return (values["nll"], values["log_sum_exp"], values["d_log_mu"]), gradients
+    return (values["nll"], values["shift"], values["d_log_mu"]), gradients
 
 
 def backward(
-    inputs: Inputs, grad: Tensor, lse: Tensor, usum: Tensor, wanted: frozenset[str]
+    inputs: Inputs, grad: Tensor, shift: Tensor, usum: Tensor, wanted: frozenset[str]
 ) -> dict[str, Tensor]:
     """Compute what :func:`decoder_fast.reference.count_nll.backward` computes."""
     gradients = _empty_gradients(inputs, wanted)
@@ -211,5 +211,5 @@ def log_sum_exp(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         "softmax",
     )
     out = hidden.new_empty(n_rows)
-    _run(inputs, 0.0, {"log_sum_exp": out}, {})
-    return out
+    _run(inputs, 0.0, {"shift": out}, {})
+    return out.neg_()

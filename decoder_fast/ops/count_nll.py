@@ -97,15 +97,15 @@ def _forward(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(inputs.hidden.device):
         if inputs.hidden.dim() == 3:
             return run(inputs)
-        nll, lse, usum = run(_with_samples(inputs))
+        nll, shift, usum = run(_with_samples(inputs))
         # In place: autograd would take the result of a custom function for a view.
-        return nll.squeeze_(0), lse.squeeze_(0), usum.squeeze_(0)
+        return nll.squeeze_(0), shift.squeeze_(0), usum.squeeze_(0)
 
 
 def _backward(
     inputs: Inputs,
     grad: Tensor,
-    lse: Tensor,
+    shift: Tensor,
     usum: Tensor,
     wanted: frozenset[str],
     backend: str,
@@ -113,8 +113,8 @@ def _backward(
     run = implementation("count_nll", backend).backward
     with no_autocast(inputs.hidden.device):
         if inputs.hidden.dim() == 3:
-            return run(inputs, grad, lse, usum, wanted)
-        grads = run(_with_samples(inputs), grad[None], lse[None], usum[None], wanted)
+            return run(inputs, grad, shift, usum, wanted)
+        grads = run(_with_samples(inputs), grad[None], shift[None], usum[None], wanted)
         for name in {"hidden", "library"} & grads.keys():
             grads[name] = grads[name].squeeze(0)
         return grads
@@ -152,12 +152,12 @@ class _CountNLL(torch.autograd.Function):
             # such as a mean's: no product is taken twice then.
             _check(inputs)
             ctx.upstream = 1 / inputs.library.numel()
-            (nll, lse, usum), ctx.gradients = cpp.forward_and_backward(
+            (nll, shift, usum), ctx.gradients = cpp.forward_and_backward(
                 inputs, ctx.upstream, wanted
             )
         else:
-            nll, lse, usum = _forward(inputs, backend)
-        ctx.save_for_backward(lse, usum, *floats, rest.px_r_index, *rest.counts.tensors)
+            nll, shift, usum = _forward(inputs, backend)
+        ctx.save_for_backward(shift, usum, *floats, rest.px_r_index, *rest.counts.tensors)
         ctx.static = (rest, wanted)
         return nll
 
@@ -175,8 +175,8 @@ class _CountNLL(torch.autograd.Function):
         else:
             grads = None  # their memory is needed
             backend, *options = rest
-            lse, usum, *floats = ctx.saved_tensors[: 2 + len(_DIFFERENTIABLE)]
-            grads = _backward(Inputs(*floats, *options), grad, lse, usum, wanted, backend)
+            shift, usum, *floats = ctx.saved_tensors[: 2 + len(_DIFFERENTIABLE)]
+            grads = _backward(Inputs(*floats, *options), grad, shift, usum, wanted, backend)
         return None, *map(grads.get, _DIFFERENTIABLE)
 
 
@@ -230,7 +230,7 @@ def _(hidden: Tensor, library: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]
 @torch.library.custom_op("decoder_fast::count_nll_backward", mutates_args=())
 def _op_backward(
     grad: Tensor,
-    lse: Tensor,
+    shift: Tensor,
     usum: Tensor,
     hidden: Tensor,
     library: Tensor,
@@ -270,12 +270,12 @@ def _op_backward(
         scale_activation,
     )
     names = wanted.split()
-    grads = _backward(inputs, grad, lse, usum, frozenset(names), _taken(inputs, backend))
+    grads = _backward(inputs, grad, shift, usum, frozenset(names), _taken(inputs, backend))
     return [grads[name].contiguous() for name in names]
 
 
 @_op_backward.register_fake
-def _(grad: Tensor, lse: Tensor, usum: Tensor, *args: Any) -> list[Tensor]:
+def _(grad: Tensor, shift: Tensor, usum: Tensor, *args: Any) -> list[Tensor]:
     named = dict(zip(_DIFFERENTIABLE, args, strict=False))
     return [named[name].new_empty(named[name].shape) for name in args[-1].split()]
 
@@ -286,13 +286,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    lse, usum, *tensors = ctx.saved_tensors
+    shift, usum, *tensors = ctx.saved_tensors
     wanted = [
         name
         for name, need in zip(_DIFFERENTIABLE, ctx.needs_input_grad[:9], strict=True)
         if need
     ]
-    results = _op_backward(grad, lse, usum, *tensors, *ctx.options, " ".join(wanted))
+    results = _op_backward(grad, shift, usum, *tensors, *ctx.options, " ".join(wanted))
     grads = dict(zip(wanted, results, strict=True))
     return *(grads.get(name) for name in _DIFFERENTIABLE), *(None,) * 8
 

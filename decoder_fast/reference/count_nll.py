@@ -65,19 +65,21 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, genes: slice) -> 
     return F.linear(hidden, weight[genes], None if bias is None else bias[genes])
 
 
-def _log_sum_exp(inputs: Inputs, hidden: Tensor, cells: slice) -> Tensor:
-    """Log-sum-exp of the logits of a block, (S, n, 1); zero under softplus, which has none.
+def _shift(inputs: Inputs, hidden: Tensor, cells: slice) -> Tensor:
+    """Compute what log(mu) of a block has and its log(scale), not normalised, has not: (S, n, 1).
 
-    Wide, because it shifts every mean of a cell alike: its roundings, one a tile, would add up.
+    The library, under softmax less the logits' log-sum-exp. Wide, because it shifts every mean of a
+    cell alike: its roundings, one a tile, would add up.
     """
-    shape, wide = (*hidden.shape[:2], 1), wide_dtype(hidden.device)
-    lse = torch.full(shape, -torch.inf, dtype=wide, device=hidden.device)
+    wide = wide_dtype(hidden.device)
+    library = inputs.library[:, cells, None].to(wide)
     if inputs.scale_activation != "softmax":
-        return torch.zeros_like(lse)
+        return library
+    lse = torch.full_like(library, -torch.inf)
     for genes in inputs.gene_tiles(cells):
         logits = _head(hidden, inputs.scale_weight, inputs.scale_bias, genes)
         lse = torch.logaddexp(lse, logits.logsumexp(-1, keepdim=True).to(wide))
-    return lse
+    return library - lse
 
 
 @dataclass
@@ -100,13 +102,12 @@ class _Tile:
 
 
 def _evaluate(
-    inputs: Inputs, hidden: Tensor, lse: Tensor, cells: slice, genes: slice, **wanted: bool
+    inputs: Inputs, hidden: Tensor, shift: Tensor, cells: slice, genes: slice, **wanted: bool
 ) -> _Tile:
-    library = inputs.library[:, cells, None]
     logits = _head(hidden, inputs.scale_weight, inputs.scale_bias, genes)
     softmax = inputs.scale_activation == "softmax"
-    shift = (library - lse).to(logits.dtype)
-    mu = (logits + shift).exp_() if softmax else library.exp() * F.softplus(logits)
+    narrow = shift.to(logits.dtype)
+    mu = (logits + narrow).exp_() if softmax else narrow.exp() * F.softplus(logits)
     theta = d = None
     if inputs.r_weight is not None:
         theta = _head(hidden, inputs.r_weight, inputs.r_bias, genes).exp()
@@ -131,7 +132,7 @@ def _evaluate(
     if not softmax:
         # log(softplus(a)) is a itself where softplus underflows
         logit = torch.where(logit < -30, logit, torch.log(F.softplus(logit)))
-    log_mu = logit + (library.to(wide) - lse.to(wide))[:, row, 0]
+    log_mu = logit + shift.to(wide)[:, row, 0]
     nonzero = at_nonzero(inputs.likelihood, x.to(wide), log_mu, pick(theta), pick(d), **wanted)
     return _Tile(logits, mu, theta, d, row, col, nonzero, zero)
 
@@ -142,32 +143,33 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     Returns
     -------
     tuple of Tensor
-        ``nll``, and what the backward pass needs: ``lse`` (log-sum-exp of the logits) and ``usum``
-        (sum over genes of the derivative with respect to log(mu)); each (S, N).
+        ``nll``, and what the backward pass needs: ``shift`` (the library, under softmax less the
+        log-sum-exp of the logits) and ``usum`` (sum over genes of the derivative with respect to
+        log(mu)); each (S, N).
     """
     nll = inputs.hidden.new_empty(inputs.hidden.shape[:2])
-    all_lse = torch.empty_like(nll)
+    all_shifts = torch.empty_like(nll)
     usum = torch.empty_like(nll)
     wide = wide_dtype(nll.device)
     for cells in inputs.cell_blocks():
         hidden = inputs.hidden[:, cells]
-        lse = _log_sum_exp(inputs, hidden, cells)
-        total = torch.zeros(lse.shape[:2], dtype=wide, device=lse.device)
+        shift = _shift(inputs, hidden, cells)
+        total = torch.zeros(shift.shape[:2], dtype=wide, device=shift.device)
         u_total = torch.zeros_like(total)
         for genes in inputs.gene_tiles(cells):
-            tile = _evaluate(inputs, hidden, lse, cells, genes, gradients=False)
+            tile = _evaluate(inputs, hidden, shift, cells, genes, gradients=False)
             assert tile.zero.log_prob is not None and tile.nonzero.log_prob is not None
             assert tile.zero.d_log_mu is not None and tile.nonzero.d_log_mu is not None
             total += tile.put(tile.zero.log_prob, tile.nonzero.log_prob).sum(-1)
             u_total += tile.put(tile.zero.d_log_mu, tile.nonzero.d_log_mu).sum(-1)
         nll[:, cells] = -total.to(nll.dtype)
         usum[:, cells] = u_total.to(nll.dtype)
-        all_lse[:, cells] = lse[..., 0]
-    return nll, all_lse, usum
+        all_shifts[:, cells] = shift[..., 0]
+    return nll, all_shifts, usum
 
 
 def backward(
-    inputs: Inputs, grad: Tensor, lse: Tensor, usum: Tensor, wanted: frozenset[str]
+    inputs: Inputs, grad: Tensor, shift: Tensor, usum: Tensor, wanted: frozenset[str]
 ) -> dict[str, Tensor]:
     """Compute gradients.
 
@@ -177,7 +179,7 @@ def backward(
         As in :func:`forward`.
     grad
         (S, N) gradient with respect to each cell's negative log-likelihood.
-    lse, usum
+    shift, usum
         As returned by :func:`forward`.
     wanted
         Names of the fields of ``inputs`` to differentiate; products of others are not computed.
@@ -205,7 +207,7 @@ def backward(
     for cells in inputs.cell_blocks():
         hidden = inputs.hidden[:, cells]
         rows = hidden.flatten(0, 1)
-        block_lse = lse[:, cells, None]
+        block_shift = shift[:, cells, None]
         block_usum = usum[:, cells, None]
         weight = -grad[:, cells, None]
         d_hidden = torch.zeros_like(rows) if "hidden" in out else None
@@ -230,7 +232,7 @@ def backward(
             tile = _evaluate(
                 inputs,
                 hidden,
-                block_lse,
+                block_shift,
                 cells,
                 genes,
                 log_prob=False,
@@ -241,7 +243,10 @@ def backward(
                 assert zero.d_log_mu is not None and nonzero.d_log_mu is not None
                 u = tile.put(zero.d_log_mu, nonzero.d_log_mu)
                 if softmax:
-                    u.addcmul_((tile.logits - block_lse.to(u.dtype)).exp_(), block_usum, value=-1)
+                    library = inputs.library[:, cells, None]
+                    # Without counts, and so without library, there is no gradient.
+                    of_scale = block_shift - library.clamp(min=torch.finfo(library.dtype).min)
+                    u.addcmul_((tile.logits + of_scale).exp_(), block_usum, value=-1)
                 else:
                     # d log(softplus(a)) / da, which tends to 1 where both underflow
                     a = tile.logits.clamp(min=-80)
