@@ -332,6 +332,20 @@ def test_extreme_dispersions(likelihood, log_theta, take, triton_device):
         assert (got[name] - value).abs().max() <= (1e-6 if name == "nll" else 1e-5) * scale, name
 
 
+@pytest.mark.parametrize("log_theta", [-79.0, -81.0, -95.0, -120.0])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_dispersions_that_underflow(likelihood, log_theta, take, triton_device):
+    take("chunked")
+    x, parameters = problem(likelihood, "gene", n=9, n_genes=140)
+    parameters["px_r"][::3] = log_theta
+    options = {"likelihood": likelihood}
+    exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, **options)
+    options |= {"device": triton_device, "backend": "triton"}
+    got = evaluate(count_nll, x, parameters, torch.float32, **options)
+    for name, value in exact.items():  # plain torch, where theta is 0, has no number to compare
+        assert (got[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+
+
 @pytest.mark.parametrize("theta", [1e-6, 1e-2, 1.0, 50.0, 1e4, 1e6])
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
 def test_extreme_elements(likelihood, theta, kernels, triton_device):

@@ -297,13 +297,18 @@ def _gene_numbers(r, numbers, n_genes, GENES: tl.constexpr):
     """Compute what :func:`_dispersion` takes of each gene: three numbers, rows of ``numbers``."""
     genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
     gene_mask = genes < n_genes
-    theta = tl.exp(tl.load(r + genes, mask=gene_mask, other=0.0))
-    inverse = 1.0 / theta
+    log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)
+    theta = tl.exp(log_theta)
+    # below that its inverse may not be finite, and these are the limits
+    tiny = log_theta < -80.0
+    inverse = 1.0 / tl.where(tiny, 1.0, theta)
+    binet = tl.where(tiny, -0.5 * log_theta - 0.918938533, _binet(theta, inverse))
+    slope = tl.where(tiny, 0.5, _binet_slope(theta, inverse))
     tl.store(numbers + genes, theta, mask=gene_mask)
     numbers += n_genes
-    tl.store(numbers + genes, _binet(theta, inverse), mask=gene_mask)
+    tl.store(numbers + genes, binet, mask=gene_mask)
     numbers += n_genes
-    tl.store(numbers + genes, _binet_slope(theta, inverse), mask=gene_mask)
+    tl.store(numbers + genes, slope, mask=gene_mask)
 
 
 @triton.jit
