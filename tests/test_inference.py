@@ -329,6 +329,8 @@ CHANGE = {"mode": "change"}
         {**CHANGE, "pseudocounts": 1e-3, "use_permutation": False, "test_mode": "two"},
         {**CHANGE, "use_permutation": False, "cred_interval_lvls": [0.5], "change_fn": "log-fold"},
         {**CHANGE, "filter_outlier_cells": True, "threshold_counts": 0.0},
+        {**CHANGE, "delta": None, "pseudocounts": 1e-4},
+        {**CHANGE, "delta": None, "batch_correction": True, "test_mode": "two"},
     ],
     ids=lambda said: "-".join(k for k in said if k != "mode") or said["mode"],
 )
@@ -361,13 +363,12 @@ def test_differential_expression(atlas, blocks, monkeypatch, kind, said):
     [
         {"change_fn": lambda a, b, pseudocounts: a - b - (a - b).mean(1, keepdims=True)},
         {"m1_domain_fn": lambda samples: (samples > 0.1, samples < -0.1)},
-        {"delta": None, "pseudocounts": 1e-4},
         {"gene_by_gene": False},
     ],
     ids=lambda said: next(iter(said)),
 )
 def test_genes_that_depend_on_each_other_are_compared_at_once(atlas, blocks, monkeypatch, said):
-    """A change of the users' own, a threshold from all genes, or what is not known here."""
+    """A change or a domain of the users' own, or what is not known here."""
     model = make(atlas)
     if "gene_by_gene" in said:
         stock = DifferentialComputation.get_bayes_factors

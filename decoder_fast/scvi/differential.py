@@ -66,14 +66,20 @@ class FusedDifferentialComputation(DifferentialComputation):
         compare = functools.partial(self._compare, stock, said, groups, state)
         if said.mode == "change" and said.pseudocounts is None:
             said.pseudocounts = self._pseudocounts(said, compare)
+        after = None
+        if said.mode == "change" and said.delta is None:
+            said.m1_domain_fn, said.delta = self._domain(compare)
+            after = np.random.get_state()  # noqa: NPY002
         blocks = list(compare(np.arange(self.adata.n_vars)))
+        if after is not None:
+            np.random.set_state(after)  # noqa: NPY002
         return {
             name: np.concatenate([block[name] for block in blocks]) if np.ndim(value) else value
             for name, value in blocks[0].items()
         }
 
     def _covers(self, said: Any) -> bool:
-        """Whether no gene's answer depends on other genes, but by the pseudocounts."""
+        """Whether no gene's answer depends on other genes, but by what is estimated of all."""
         if vars(said).keys() != set(_OPTIONS.split()):
             return False
         expression = getattr(self.model_fn, "func", None)
@@ -82,7 +88,7 @@ class FusedDifferentialComputation(DifferentialComputation):
         if expression.covered(self.adata, n_samples_overall=1, **self.model_fn.keywords) is None:
             return False
         own = said.change_fn not in (None, "log-fold") or said.m1_domain_fn is not None
-        return said.mode == "vanilla" or not (own or said.delta is None)
+        return said.mode == "vanilla" or not own
 
     def _compare(
         self,
@@ -140,6 +146,24 @@ class FusedDifferentialComputation(DifferentialComputation):
         return estimate_pseudocounts_offset(
             scales_a=maxima[:1], scales_b=maxima[1:], where_zero_a=zero_a, where_zero_b=zero_b
         )
+
+    def _domain(self, compare: Callable[..., Iterator[Any]]) -> tuple[Callable[..., Any], float]:
+        """Estimate the least change that counts, as scvi-tools does: from all genes' means.
+
+        Twice, at random: once to compare, and once to say.
+        """
+        from scvi.model.base._differential import estimate_delta
+
+        means: list[np.ndarray] = []
+
+        def keep_mean(samples: Any) -> Any:
+            means.append(samples.mean(0))
+            return np.zeros((2, *samples.shape), dtype=bool)
+
+        for _ in compare(np.arange(self.adata.n_vars), m1_domain_fn=keep_mean, delta=1.0):
+            pass
+        delta, said = (estimate_delta(lfc_means=np.concatenate(means)) for _ in range(2))
+        return lambda samples: (samples >= delta, samples < -delta), said
 
 
 class _Group:
