@@ -45,6 +45,10 @@ _METADATA = frozenset(
     ]
     + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__]
 )
+#: Hand out the values' memory: who changes it then, does so unseen.
+_UNSEEN = frozenset(
+    [Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__]  # type: ignore[attr-defined]
+)
 
 
 class LazyTensor(Tensor):
@@ -53,6 +57,8 @@ class LazyTensor(Tensor):
     _value: Tensor | None
     _version_then: int  # of the values, when they were computed
     _grad_enabled: bool
+    _inference: bool  # mode, in which it was made
+    _handed_out: bool
 
     @staticmethod
     def __new__(
@@ -62,6 +68,8 @@ class LazyTensor(Tensor):
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
         self._value = None
         self._grad_enabled = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._handed_out = False
         self.__dict__.update(fields)
         return self
 
@@ -79,7 +87,7 @@ class LazyTensor(Tensor):
     def materialise(self) -> Tensor:
         """Return the values as a plain tensor, computed once."""
         if self._value is None:
-            with torch.set_grad_enabled(self._grad_enabled):
+            with torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad_enabled):
                 self._value = self.compute()
             self._version_then = version(self._value)
         return self._value
@@ -92,7 +100,7 @@ class LazyTensor(Tensor):
         value = self._value
         if value is None:
             return False
-        if value.is_inference():  # such have no version
+        if self._handed_out or value.is_inference():  # such have no version
             return True
         return (
             value._version != self._version_then
@@ -117,6 +125,8 @@ class LazyTensor(Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _UNSEEN:
+            args[0]._handed_out = True
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -226,6 +236,8 @@ class LazyCounts(LazyTensor):
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
         # A GPU multiplies the dense matrix sooner, and autocast chooses the dtype of such products.
         if self.device.type != "cpu" or torch.is_autocast_enabled(self.device.type):
+            return NotImplemented
+        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return NotImplemented
         return csr_linear(self.csr, weight, bias)
 

@@ -35,12 +35,14 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    forward = vars(module).get("forward", type(module).forward)
+    return isinstance(module, nn.Linear) and forward is nn.Linear.forward
 
 
 def _is_plain_batch_norm(module: _BatchNorm) -> bool:
     # Not by its class: Lightning's sync_batchnorm leaves a class of its own where BatchNorm1d was.
-    return type(module).forward is _BatchNorm.forward and not isinstance(
+    forward = vars(module).get("forward", type(module).forward)
+    return forward is _BatchNorm.forward and not isinstance(
         module, (nn.BatchNorm2d, nn.BatchNorm3d)
     )
 
@@ -92,6 +94,8 @@ def _take_apart(layer: nn.Module) -> _Layer | str:
                 return f"it has {type(part).__name__}, not nn.BatchNorm1d"
             if part.momentum is None:
                 return "its batch norm averages cumulatively (momentum=None)"
+            if not part.track_running_stats and part.running_mean is not None:
+                return "its batch norm no longer tracks the statistics that it has"
             if out.layer_norm is not None or out.batch_norm is not None:
                 return "its norms are not in the order batch norm, layer norm"
             out.batch_norm = part

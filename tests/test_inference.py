@@ -228,9 +228,10 @@ def test_likelihood_parameters(atlas, answered, kind, monkeypatch):
         {"n_samples": 3, "batch_size": 40},
         {"n_samples": 3, "give_mean": True, "batch_size": 40},
         {"n_samples": 3, "give_mean": True, "indices": np.arange(N) % 3 == 1, "shuffle": True},
+        {"indices": (1, 2)},
     ):
         assert_same(*both(model, lambda m, said=said: m.get_likelihood_parameters(**said)))
-    assert len(answered) == 5
+    assert len(answered) == 6
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -363,6 +364,7 @@ def test_differential_expression(atlas, blocks, monkeypatch, kind, said):
     [
         {"change_fn": lambda a, b, pseudocounts: a - b - (a - b).mean(1, keepdims=True)},
         {"m1_domain_fn": lambda samples: (samples > 0.1, samples < -0.1)},
+        {"pseudocounts": np.full(G, 1e-4)},
         {"gene_by_gene": False},
     ],
     ids=lambda said: next(iter(said)),

@@ -272,3 +272,161 @@ def test_loaders_that_are_asked_for_something_else(pair, option):
 def test_a_model_without_a_module():
     with pytest.raises(ValueError, match="fuse it afterwards"):
         fuse(SCVI())
+
+
+# --- inference mode, hooks, parts of the user's own ----------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_samples_outside_of_inference_mode(pair, grad):
+    """scvi-tools samples in inference mode, whatever the parameters were made in."""
+
+    def ask(model):
+        batch = torch.zeros(4, 1, dtype=torch.long)
+        with torch.set_grad_enabled(grad):
+            px = model.module.generative(
+                z=torch.ones(4, 10), library=torch.full((4, 1), 4.0), batch_index=batch
+            )["px"]
+        sample = px.sample()
+        assert px.mu.requires_grad is grad
+        if grad:
+            px.mu.sum().backward()
+        return sample
+
+    both(pair, ask, atol=1.0)  # of a sample may be another by a rounding
+
+
+def test_values_read_in_inference_mode_before_the_loss(pair):
+    def ask(model):
+        tensors = first_batch(model)
+        with torch.inference_mode():
+            total = tensors["X"].sum()
+        _, outputs, losses = model.module(tensors)
+        with torch.inference_mode():
+            total = total + outputs["px"].mean.sum()
+        losses.loss.backward()
+        return total, model.module.decoder.px_scale_decoder[0].weight.grad.clone()
+
+    both(pair, ask, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["data", "numpy"])
+def test_counts_changed_unseen_by_torch(pair, change):
+    """No trace of it is left in the tensor's version."""
+
+    def ask(model):
+        tensors = first_batch(model)
+        x = tensors["X"]
+        if change == "data":
+            x.data.clamp_(max=1)
+        else:
+            np.minimum(x.numpy(), 1, out=x.numpy())
+        _, outputs, losses = model.module(tensors)
+        return losses.loss, -outputs["px"].log_prob(x).sum(-1)
+
+    both(pair, ask, rtol=1e-4)
+
+
+@pytest.mark.parametrize("hook", ["full_backward_hook", "full_backward_pre_hook", "global"])
+def test_backward_hooks_of_the_decoder(pair, hook):
+    def ask(model):
+        decoder, seen = model.module.decoder, []
+
+        def note(module, *gradients):
+            if module is decoder:
+                seen.extend(g.clone() for g in gradients[-1] if g is not None)
+
+        if hook == "global":
+            handle = torch.nn.modules.module.register_module_full_backward_hook(note)
+        else:
+            handle = getattr(decoder, f"register_{hook}")(note)
+        try:
+            model.module(first_batch(model))[2].loss.backward()
+        finally:
+            handle.remove()
+        assert seen
+        return seen
+
+    both(pair, ask, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["head", "batch norm"])
+def test_forward_methods_of_the_users_own(pair, part):
+    def ask(model):
+        decoder = model.module.decoder
+        if part == "head":
+            head = decoder.px_dropout_decoder
+            head.forward = lambda x: F.linear(x, head.weight, head.bias) + 3
+        else:
+            norm = decoder.px_decoder.fc_layers[0][1]
+            norm.forward = lambda x: x + 1
+        return model.module(first_batch(model))[2].loss
+
+    with_it = both(pair, ask, rtol=1e-4)[0]
+    part_of = {"head": "px_dropout_decoder", "batch norm": "px_decoder.fc_layers.0.1"}[part]
+    stock = pair[0].module.decoder
+    del stock.get_submodule(part_of.replace("fc_layers.0", "fc_layers.Layer 0")).forward
+    torch.manual_seed(0)
+    assert abs(pair[0].module(first_batch(pair[0]))[2].loss - with_it) > 1e-2 * with_it
+
+
+def test_batch_norm_that_no_longer_tracks(pair):
+    def ask(model):
+        norm = model.module.decoder.px_decoder.fc_layers[0][1]
+        norm.track_running_stats = False
+        model.module.train()
+        loss = model.module(first_batch(model))[2].loss
+        return loss, norm.running_mean.clone(), norm.num_batches_tracked.clone()
+
+    both(pair, ask, rtol=1e-4)
+
+
+def test_a_log_of_the_users_own(atlas):
+    """It is told of the metrics at every step."""
+    calls = []
+
+    class Plan(scvi.train.TrainingPlan):
+        def log_dict(self, *args, **kwargs):
+            calls.append(self.trainer.training)
+            super().log_dict(*args, **kwargs)
+
+    counted = []
+    for change in (lambda model: model, fuse):
+        adata = atlas.copy()
+        SCVI.setup_anndata(adata, batch_key="batch")
+        model = change(SCVI(adata))
+        model._training_plan_cls = Plan
+        calls.clear()
+        train(model)
+        counted.append(len(calls))
+    assert counted[0] == counted[1] > 4
+
+
+def keep_few_genes(batch):
+    tensors = {key: torch.as_tensor(value) for key, value in batch.items()}
+    tensors["X"][:, :30] = 0
+    return tensors
+
+
+def test_a_collate_function_of_the_users_own(pair):
+    histories = [
+        train(model, datasplitter_kwargs={"collate_fn": keep_few_genes}).history["elbo_train"]
+        for model in pair
+    ]
+    stock, ours = (history.to_numpy().astype(float) for history in histories)
+    np.testing.assert_allclose(ours, stock, rtol=1e-4)
+
+
+def test_a_sampler_of_the_users_own(pair):
+    sampler = torch.utils.data.SequentialSampler(range(20))
+    both(pair, lambda m: m.get_elbo(data_loader_kwargs={"sampler": sampler}), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [None, (1,), ()])
+def test_linear_maps_of_counts_in_every_shape(pair, bias):
+    def ask(model):
+        x = first_batch(model)["X"]
+        weight = torch.ones(G) if bias is None else torch.ones(3, G)
+        return F.linear(x, weight, None if bias is None else torch.ones(bias))
+
+    both(pair, ask)

@@ -13,6 +13,7 @@ import torch
 from scipy import sparse
 from scvi import dataloaders
 from torch import Tensor
+from torch.utils.data import default_convert
 
 from ..lazy import LazyCounts, version
 from .module import canonical, is_csr
@@ -47,8 +48,7 @@ class _FusedSplitter:
         """Have a loader hand over CSR tensors, if there is CSR to hand over and a place for it."""
         if loader is not None and self.trainer.strategy.root_device.type != "mps":  # it has no CSR
             # SCANVI's second loader, of labelled cells, is for its classifier alone.
-            first = loader.dataloaders[0] if hasattr(loader, "dataloaders") else loader
-            _keep_csr(first.dataset.dataset)
+            _keep_csr(loader.dataloaders[0] if hasattr(loader, "dataloaders") else loader)
         return loader
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -77,8 +77,14 @@ def _each(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return {key: function(value) if is_csr(value) else value for key, value in batch.items()}
 
 
-def _keep_csr(dataset: Any) -> None:
-    """Have a dataset hand over CSR counts, in memory or on disk, as CSR tensors."""
+def _keep_csr(loader: Any) -> None:
+    """Have a loader's dataset hand over CSR counts, in memory or on disk, as CSR tensors.
+
+    Not to a ``collate_fn`` or from a ``sampler`` of the user's own, which may want dense arrays.
+    """
+    if loader.batch_size is not None or loader.collate_fn is not default_convert:
+        return
+    dataset = loader.dataset.dataset
     stored = [data for data in dataset.data.values() if isinstance(data, _SPARSE)]
     # scvi-tools makes CSR tensors of csr_matrix alone, and anndata can be told to read others.
     kinds: tuple[type, ...] = (sparse.csr_matrix,)
@@ -133,7 +139,7 @@ class FusedAnnDataLoader(dataloaders.AnnDataLoader):
         # What is asked for by name is handed over as it is.
         self._as_asked = bool(kwargs.get("iter_ndarray") or kwargs.get("load_sparse_tensor"))
         if not self._as_asked:
-            _keep_csr(self.dataset.dataset)
+            _keep_csr(self)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():

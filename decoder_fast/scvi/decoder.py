@@ -151,6 +151,17 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return LazyOutput.of(Decoded(outputs[0].decoded.decoder, hidden, library), outputs[0].output)
 
 
+def _has_backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether torch will want real outputs of a module, to follow gradients through it."""
+    everywhere = torch.nn.modules.module
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
 class FusedFCLayers(fast.FCLayers, scvi_nn.FCLayers):
     """:class:`decoder_fast.FCLayers` that scvi-tools' surgery recognises as its own."""
 
@@ -165,6 +176,7 @@ class FusedDecoderSCVI(fast.DecoderSCVI, scvi_nn.DecoderSCVI):
         if (
             not lazy_outputs.get()
             or self._unfused_heads() is not None
+            or _has_backward_hooks(self)
             or z.dim() not in (2, 3)
             or library.dim() not in (2, z.dim())
             or library.shape[-1] != 1

@@ -88,6 +88,7 @@ class FusedDifferentialComputation(DifferentialComputation):
         if expression.covered(self.adata, n_samples_overall=1, **self.model_fn.keywords) is None:
             return False
         own = said.change_fn not in (None, "log-fold") or said.m1_domain_fn is not None
+        own |= np.ndim(said.pseudocounts) > 0
         return said.mode == "vanilla" or not own
 
     def _compare(

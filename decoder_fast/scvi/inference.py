@@ -233,7 +233,7 @@ class FusedLikelihoodParameters(FusedMethod):
                 **said.data_loader_kwargs,
             )
             names = adata.obs_names
-            n_cells = len(names if said.indices is None else names[said.indices])
+            n_cells = len(names if said.indices is None else names[np.asarray(said.indices)])
         parameters = {"mean": "mu", "dropout": "zi_logits", "dispersions": "theta"}
         if model.module.gene_likelihood == "nb":
             del parameters["dropout"]

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from scvi import train
 from torchmetrics import Metric
 
@@ -40,6 +41,7 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
     """
     bases = (GraphedPlan, stock_class) if cuda_graph else (stock_class,)
     metaclass: Any = _pickled_by_making(type(stock_class))
+    logs_itself = stock_class.log_dict is LightningModule.log_dict  # type: ignore[attr-defined]
 
     class FusedTrainingPlan(*bases, metaclass=metaclass):  # type: ignore[misc,metaclass]
         _made_of = stock_class, cuda_graph
@@ -53,7 +55,8 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
             # Lightning asks a metric for its value at the end of an epoch. To be told of it at
             # every step changes nothing, and takes a tenth of a small one.
             once = (
-                self.trainer.training
+                logs_itself
+                and self.trainer.training
                 and kwargs.get("on_step") is False
                 and all(isinstance(value, Metric) for value in dictionary.values())
             )
