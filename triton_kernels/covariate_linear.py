@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, expm1, launch, product_precision, sigmoid
+from .common import cdiv, dot, expm1, launch, next_power_of_2, product_precision, sigmoid
 
 if TYPE_CHECKING:
     from decoder_fast.reference.covariate_linear import Inputs
@@ -705,7 +705,7 @@ def _sum_by_label(
 
 def _covering(n: int, most: int = 1 << 30) -> int:
     """Return the side of the tiles that cover ``n`` with little padding."""
-    return max(16, min(most, triton.next_power_of_2(n)))
+    return max(16, min(most, next_power_of_2(n)))
 
 
 def _tile(rows: int, units: int) -> dict[str, int]:
@@ -813,7 +813,7 @@ def forward(
         fused = not inputs.use_layer_norm or n_hidden <= MAX_FUSED_HIDDEN
         if fused and inputs.use_layer_norm:
             tile = _tile(16, _covering(n_hidden))
-    n_parts = triton.cdiv(group_rows, tile["ROWS"])
+    n_parts = cdiv(group_rows, tile["ROWS"])
     means = squares = None
     if batch_statistics and not fused:
         means, squares = x.new_empty(2, n_groups * n_parts, n_hidden)
@@ -836,7 +836,7 @@ def forward(
         options = {"num_stages": 1, "maxnreg": 128}
     launch(
         _linear,
-        (n_groups * n_parts, triton.cdiv(n_hidden, tile["UNITS"])),
+        (n_groups * n_parts, cdiv(n_hidden, tile["UNITS"])),
         *_columns(matrices, 3),
         *_columns(labels, 4)[1:],
         inputs.weight.contiguous(),
@@ -878,7 +878,7 @@ def forward(
     if means is not None and (inputs.use_layer_norm or n_parts > _MAX_PARTS):
         launch(
             _finish_statistics,
-            (1, triton.cdiv(n_hidden, 32)),
+            (1, cdiv(n_hidden, 32)),
             means,
             squares,
             mean,
@@ -892,10 +892,10 @@ def forward(
         )
         means = squares = None
     tile = problem.norm_tile()
-    row_tiles = triton.cdiv(group_rows, tile["ROWS"])
+    row_tiles = cdiv(group_rows, tile["ROWS"])
     launch(
         _normalise,
-        (n_groups * row_tiles + (means is not None), triton.cdiv(n_hidden, tile["UNITS"])),
+        (n_groups * row_tiles + (means is not None), cdiv(n_hidden, tile["UNITS"])),
         v,
         out,
         *((mean, invstd) if inputs.use_batch_norm else (None, None)),
@@ -943,7 +943,7 @@ def update_running(
     n_samples, n_hidden = mean.shape
     launch(
         _update_running,
-        (triton.cdiv(n_hidden, 128),),
+        (cdiv(n_hidden, 128),),
         *running,
         mean.contiguous(),
         invstd.contiguous(),
@@ -973,14 +973,14 @@ def _gradient_of_linear(
     batch_statistics = problem.batch_norm == "batch"
     mean_and_invstd = (mean, invstd) if inputs.use_batch_norm else (None, None)
     tile = problem.norm_tile()
-    row_tiles = triton.cdiv(problem.group_rows, tile["ROWS"])
+    row_tiles = cdiv(problem.group_rows, tile["ROWS"])
     grad, out, v = grad.contiguous(), out.contiguous(), v.contiguous()
     outputs = [parameters.get(name) for name in _PARAMETERS]
 
     def run(how: str, d_v: Tensor | None, sums: Sequence[Tensor | None], n_parts: int) -> None:
         launch(
             _norm_backward,
-            (n_groups * row_tiles + (how == "read"), triton.cdiv(n_hidden, tile["UNITS"])),
+            (n_groups * row_tiles + (how == "read"), cdiv(n_hidden, tile["UNITS"])),
             grad,
             out,
             v if v.numel() else None,
@@ -1022,7 +1022,7 @@ def _gradient_of_linear(
         return
     launch(
         _parameter_gradients,
-        (1, triton.cdiv(n_hidden, 32)),
+        (1, cdiv(n_hidden, 32)),
         *sums,
         mean_and_invstd[1],
         inputs.batch_norm_weight,
@@ -1043,10 +1043,10 @@ def _gradient_of_columns(by_cell: Tensor, labels: Tensor, d_weight: Tensor) -> N
     # Few cells have a label of the tile, if there are many categories.
     cells = 16 if n_cat > 4 * n_cells else 32
     categories, units = _covering(n_cat, 32), _covering(n_hidden, 32)
-    tiles = triton.cdiv(n_cat, categories), triton.cdiv(n_hidden, units)
-    splits = min(triton.cdiv(n_cells, 4 * cells), max(1, _PROGRAMS // (tiles[0] * tiles[1])))
-    split = triton.cdiv(n_cells, splits * cells) * cells
-    splits = triton.cdiv(n_cells, split)
+    tiles = cdiv(n_cat, categories), cdiv(n_hidden, units)
+    splits = min(cdiv(n_cells, 4 * cells), max(1, _PROGRAMS // (tiles[0] * tiles[1])))
+    split = cdiv(n_cells, splits * cells) * cells
+    splits = cdiv(n_cells, split)
     parts = d_weight if splits == 1 else by_cell.new_empty(splits, n_hidden, n_cat)
     launch(
         _sum_by_label,

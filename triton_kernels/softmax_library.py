@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot, exp, expm1, launch, product_precision, softplus
+from .common import cdiv, dot, exp, expm1, launch, next_power_of_2, product_precision, softplus
 
 #: Most genes of a row that one program holds in its registers.
 MAX_WHOLE = 16384
@@ -487,7 +487,7 @@ def _route(n_rows: int, n_genes: int) -> str:
 
 def _tile(n_genes: int) -> tuple[int, int]:
     """Width of a tile that holds so many genes, and its number of warps: 16 genes a thread."""
-    tile = max(32, triton.next_power_of_2(n_genes))
+    tile = max(32, next_power_of_2(n_genes))
     return tile, max(1, tile // 512)
 
 
@@ -501,7 +501,7 @@ def _few(n_rows: int, n_genes: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and options of the kernels whose programs share rows."""
     tile, num_warps = _tile(min(n_genes, _FEW_TILE))
     # a row may begin within a cache line of 32 numbers
-    grid = (n_rows, triton.cdiv(n_genes + 31, tile))
+    grid = (n_rows, cdiv(n_genes + 31, tile))
     return grid, {"TILE": tile, "num_warps": num_warps}
 
 
@@ -514,11 +514,11 @@ def _combined(partial: Tensor) -> Tensor:
     """Maximum, and one over the sum of exponentials, by row, from those of its parts."""
     _, n_parts, n_rows = partial.shape
     statistics = partial.new_empty(2, n_rows)
-    parts = triton.next_power_of_2(n_parts)
+    parts = next_power_of_2(n_parts)
     rows = max(1, min(32, 2048 // parts))
     launch(
         _combine,
-        (triton.cdiv(n_rows, rows),),
+        (cdiv(n_rows, rows),),
         *partial,
         *statistics,
         n_rows,
@@ -563,14 +563,14 @@ def _from_hidden(
     """Write the outputs, the logits never stored."""
     n_rows, n_hidden = hidden.shape
     n_genes = weight.shape[0]
-    row_tiles = triton.cdiv(n_rows, _HEAD["ROWS"])
-    gene_tiles = triton.cdiv(n_genes, _HEAD["GENES"])
+    row_tiles = cdiv(n_rows, _HEAD["ROWS"])
+    gene_tiles = cdiv(n_genes, _HEAD["GENES"])
     splits = max(1, min(gene_tiles, _PROGRAMS // max(1, row_tiles)))
-    genes_a_split = triton.cdiv(gene_tiles, splits) * _HEAD["GENES"]
-    grid = (row_tiles, triton.cdiv(n_genes, genes_a_split))
+    genes_a_split = cdiv(gene_tiles, splits) * _HEAD["GENES"]
+    grid = (row_tiles, cdiv(n_genes, genes_a_split))
     shape = (n_rows, n_genes, n_hidden, genes_a_split)
     options = {
-        "HIDDEN": max(16, triton.next_power_of_2(n_hidden)),
+        "HIDDEN": max(16, next_power_of_2(n_hidden)),
         "PRECISION": product_precision(),
         **_HEAD,
     }

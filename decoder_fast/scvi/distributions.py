@@ -76,8 +76,8 @@ def reconstruction_loss(
         return None
     decoded, dispersion = traced
     counts = _counts(x)
-    if counts is None:
-        return None
+    if counts is None or torch.promote_types(counts.dtype, mean.dtype) != mean.dtype:
+        return None  # of float64 counts scvi-tools makes a loss in float64
     return decoded.decoder.hidden_loss(
         counts, decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
     )
