@@ -352,6 +352,8 @@ def _whole_rows_backward(
         tl.store(d_library + row, size * tl.sum(of_rate * value))
     if d_logits is not None:
         total = tl.sum(upstream * value)
+        if SOFTMAX:  # what the scales' sum and this one lack to be exact, all genes would share
+            total += tl.sum((upstream - total) * value)
         gradient = _gradient_of_logits(upstream, value, total, SOFTMAX)
         tl.store(d_logits + first + genes, gradient, mask=inside)
 
