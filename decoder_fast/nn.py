@@ -34,15 +34,18 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """Return the method that a module is called by: its class's, unless it has one of its own."""
+    return vars(module).get("forward", type(module).forward)
+
+
 def _is_plain_linear(module: nn.Module) -> bool:
-    forward = vars(module).get("forward", type(module).forward)
-    return isinstance(module, nn.Linear) and forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and _forward_of(module) is nn.Linear.forward
 
 
 def _is_plain_batch_norm(module: _BatchNorm) -> bool:
     # Not by its class: Lightning's sync_batchnorm leaves a class of its own where BatchNorm1d was.
-    forward = vars(module).get("forward", type(module).forward)
-    return forward is _BatchNorm.forward and not isinstance(
+    return _forward_of(module) is _BatchNorm.forward and not isinstance(
         module, (nn.BatchNorm2d, nn.BatchNorm3d)
     )
 
