@@ -23,9 +23,8 @@ class BuildLibrary(build_ext):
         return []
 
     def build_extension(self, ext):
-        kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
-        ext.extra_compile_args = BUILD["COMPILE_FLAGS"][kind]
-        ext.extra_link_args = BUILD["LINK_FLAGS"][kind]
+        ext.extra_compile_args = BUILD["COMPILE_FLAGS"]
+        ext.extra_link_args = BUILD["LINK_FLAGS"]
         compile_in_turn = self.compiler.compile
 
         def compile_side_by_side(sources, **options):

@@ -16,7 +16,7 @@ import scvi.nn
 import torch
 
 from decoder_fast import fuse
-from decoder_fast.lazy import LazyCounts
+from decoder_fast.scvi.lazy import LazyCounts
 
 from .case import Random, csr_of
 from .fresh import fresh, peak_extra_bytes

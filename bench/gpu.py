@@ -18,9 +18,11 @@ there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -57,23 +59,23 @@ from .case import (
 )
 from .model import Models, quiet
 from .shapes import SHAPES, Shape
-from .timing import environment
+from .timing import environment, first_line
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 #: Seconds after which nothing new is begun, and the share of them that the tests may take. What
 #: has begun by then, and the plots, still end within ten minutes.
 BUDGET, TESTS_SHARE = 480.0, 0.34
+#: Seconds that tests which are stopped have to tell what failed: their workers take ten to end.
+GRACE = 20.0
+#: Should time run out: a small mini-batch, the targets, long rows, Monte-Carlo samples, the rest.
+ORDER = ("tutorial", "allgenes", "tahoe", "peaks", "montecarlo")
 #: Below this a call is timed as a CUDA graph too: launching may take a large part of it.
 GRAPH_BELOW = 5e-3
 #: Seconds after which a timing stops, and its calls at least and at most.
 SECONDS_A_TIMING, CALLS = 0.12, (5, 60)
 Run = Callable[[], object]
 Row = dict[str, Any]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 # The machine
@@ -191,7 +193,7 @@ def graph_seconds(machine: Machine, runs: list[Run]) -> float | str:
         replay = machine.capture(every)
     except RuntimeError as error:
         machine.synchronize()
-        return f"cannot be captured: {_first_line(error)[:120]}"
+        return f"cannot be captured: {first_line(error)}"
     return seconds(machine, [replay]) / len(runs)
 
 
@@ -369,12 +371,21 @@ def _try(
     """Check one of our ways, and time it if it is right."""
     truth, stock_error, n_outputs = expected
     alternative = f"{name}{by}, {precision}"
-    error = errors(cases[0].both(cases[0].ours[name]), truth, n_outputs)
-    row["errors"][alternative] = error
-    if is_right(error, stock_error, precision, slack=3):
-        row["times"][alternative] = _time(machine, cases, lambda case: case.ours[name])
-    else:
-        row["wrong"].append(alternative)
+    try:
+        error = errors(cases[0].both(cases[0].ours[name]), truth, n_outputs)
+        row["errors"][alternative] = error
+        if is_right(error, stock_error, precision, slack=3):
+            row["times"][alternative] = _time(machine, cases, lambda case: case.ours[name])
+        else:
+            row["wrong"].append(alternative)
+    except Exception as error:
+        row["times"][alternative] = _failure(machine, error)
+
+
+def _failure(machine: Machine, error: Exception) -> dict[str, str]:
+    """Keep one way's failure from costing the others; but not that of the device."""
+    machine.synchronize()
+    return {"failed": first_line(error)}
 
 
 def _compiled(machine: Machine, case: Case) -> dict[str, Any]:
@@ -384,8 +395,8 @@ def _compiled(machine: Machine, case: Case) -> dict[str, Any]:
     )
     try:
         return _time(machine, [case], lambda _: function)
-    except Exception as error:  # the compiler's own affair, and no reason to stop
-        return {"failed": f"{type(error).__name__}: {_first_line(error)[:200]}"}
+    except Exception as error:
+        return _failure(machine, error)
 
 
 def training_step(shape: Shape, machine: Machine) -> Row:
@@ -403,11 +414,14 @@ def training_step(shape: Shape, machine: Machine) -> Row:
                 function()[0].mean().backward()
                 adam.step()
 
-            times[f"{name}, tf32"] = {
-                "both": seconds(machine, [step]),
-                "both, graph": graph_seconds(machine, [step]),
-                "peak bytes": peak_bytes(machine, step),
-            }
+            try:
+                times[f"{name}, tf32"] = {
+                    "both": seconds(machine, [step]),
+                    "both, graph": graph_seconds(machine, [step]),
+                    "peak bytes": peak_bytes(machine, step),
+                }
+            except Exception as error:
+                times[f"{name}, tf32"] = _failure(machine, error)
     return {"part": "training step", "shape": shape.name, "times": times, "wrong": []}
 
 
@@ -440,13 +454,17 @@ def run_tests(budget: float, quick: bool) -> tuple[dict[str, str], dict[str, lis
         files.append(ROOT / "tests" / "test_cuda_graph.py")
     # What only a GPU can run (graphs, streams, autocast) comes first, lest the time end before it;
     # then all files at once.
-    alone = {"on a GPU alone": ["-m", "skipif", *map(str, files)]}
-    others = {file.name: ["-m", "not skipif", str(file)] for file in files}
+    alone = {"on a GPU alone": ["-m", "skipif", *map(str, files), *_workers(8)]}
+    others = {
+        # what is compiled is most of the time, and most is compiled for this operation
+        file.name: ["-m", "not skipif", str(file), *_workers(8 if "count_nll" in file.name else 3)]
+        for file in files
+    }
     missing = [name for name in ("pytest", "hypothesis", "mpmath") if not _found(name)]
     if missing:
         return dict.fromkeys(alone | others, f"not run: no {', '.join(missing)} here"), {}
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider"]
-    command += ["-n", "4"] * _found("xdist") + ["--collect-only"] * quick
+    command += ["--collect-only"] * quick
     began = time.perf_counter()
     verdicts: dict[str, str] = {}
     logs: dict[str, list[str]] = {}
@@ -457,6 +475,10 @@ def run_tests(budget: float, quick: bool) -> tuple[dict[str, str], dict[str, lis
                 logs[name] = lines[-40:]
                 print("\n".join(logs[name]))
     return verdicts, logs
+
+
+def _workers(n: int) -> list[str]:
+    return ["-n", str(n)] if _found("xdist") else []
 
 
 def _pytest(
@@ -477,18 +499,27 @@ def _pytest(
                 stderr=log,
                 # A shell has what runs in the background ignore it.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                start_new_session=True,  # with its workers
             )
+        late = {
+            name
+            for name, (_, process) in running.items()
+            if not _ends(process, max(1.0, until - time.perf_counter()))
+        }
+        for name in late:
+            running[name][1].send_signal(signal.SIGINT)  # on which pytest tells what failed so far
         for name, (log, process) in running.items():
-            late = not _ends(process, max(1.0, until - time.perf_counter()))
-            if late:
-                process.send_signal(signal.SIGINT)  # on which pytest tells what failed so far
-                if not _ends(process, 5.0):
-                    process.kill()
-                    process.wait()
+            _ends(process, GRACE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             with log:
                 log.seek(0)
                 lines = log.read().strip().splitlines() or [""]
-            verdict = "not finished in time: " if late else "failed: " * (process.returncode != 0)
+            verdict = "failed: " * (process.returncode != 0)
+            if name in late:
+                failed = any(re.search(r"^[.sxF]*F[.sxF]*( |$)|^FAILED", line) for line in lines)
+                verdict = "not finished in time: " + "failed: " * failed
             found[name] = verdict + lines[-1], lines
     return found
 
@@ -562,14 +593,24 @@ def _quick(shape: Shape) -> Shape:
     )
 
 
-def run(machine: Machine, results: Results, began: float, budget: float, quick: bool) -> None:
+def run(
+    machine: Machine,
+    results: Results,
+    began: float,
+    budget: float,
+    quick: bool,
+    wanted: list[str] | None = None,
+    tests: bool = True,
+) -> None:
     """Measure everything that there is time for."""
 
     def left(share: float = 1.0) -> float:
         return share * budget - (time.perf_counter() - began)
 
     # A test that fails keeps nothing from being measured: what is wrong there is not timed.
-    results.content["tests"], results.content["test logs"] = run_tests(left(TESTS_SHARE), quick)
+    results.content["tests"], results.content["test logs"] = (
+        run_tests(left(TESTS_SHARE), quick) if tests else ({"all": "not run: --no-tests"}, {})
+    )
     for name, verdict in results.content["tests"].items():
         print(f"{name}: {verdict}")
     results.write()
@@ -584,20 +625,27 @@ def run(machine: Machine, results: Results, began: float, budget: float, quick: 
             row = make()
             for name in row["wrong"]:
                 tqdm.write(f"WRONG, and not timed: {what}: {name}: {row['errors'][name]}")
+            for name, times in row["times"].items():
+                if "failed" in times:
+                    tqdm.write(f"FAILED: {what}: {name}: {times['failed']}")
+                    if name.startswith("ours"):
+                        results.content["failed"].append(f"{what}: {name}")
             results.add(row)
         except Exception as error:  # one failure must not cost the other measurements
             results.content["failed"].append(what)
-            results.skip(what, f"{type(error).__name__}: {_first_line(error)}")
+            results.skip(what, first_line(error))
         try:
             machine.synchronize()
             machine.free()
         except RuntimeError as error:  # an assertion or a bad address, of which no GPU recovers
-            lost = f"the device failed at {what}: {_first_line(error)}"
+            lost = f"the device failed at {what}: {first_line(error)}"
             results.content["failed"].append(lost)
 
-    shapes = list(SHAPES.values())
+    names = wanted or [*ORDER, *(name for name in SHAPES if name not in ORDER)]
+    shapes = [SHAPES[name] for name in names]
     if quick:
-        shapes = [_quick(SHAPES[name]) for name in ("tutorial", "hlca", "peaks", "montecarlo")]
+        names = wanted or ["tutorial", "hlca", "peaks", "montecarlo"]
+        shapes = [_quick(SHAPES[name]) for name in names]
     attempt("training step", lambda: training_step(shapes[0], machine))
     if _found("scvi"):
         attempt("SCVI.train", lambda: epoch(machine, quick))
@@ -611,6 +659,12 @@ def run(machine: Machine, results: Results, began: float, budget: float, quick: 
     print(f"{budget - left():.0f} s")
 
 
+def _new_file(folder: Path, stem: str) -> Path:
+    """Name a file of results that is not there yet: of several runs a day each has its own."""
+    names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+    return next(file for name in names if not (file := folder / f"{name}.json").exists())
+
+
 def main() -> None:
     """Run what the command line asks for."""
     # Nearly when the process did: imports take the time of a processor.
@@ -619,6 +673,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a rehearsal")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
+    parser.add_argument("--no-tests", action="store_true", help="measure alone")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=SHAPES,
+        metavar="NAME",
+        help=f"of {', '.join(SHAPES)}; default: all, as long as there is time",
+    )
     where = "folder; default: $OUT, else bench/results, if on a GPU"
     parser.add_argument("--out", type=Path, help=where, default=os.environ.get("OUT") or None)
     args = parser.parse_args()
@@ -633,12 +695,14 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    if args.device == "cuda":  # nothing of this is for the CPU's kernels, which take half a minute
+        os.environ.setdefault("DECODER_FAST_BUILD", "0")
     here = machine(args.device)
     about = _about(here)
     stem = re.sub(r"[^a-z0-9]+", "-", here.name.lower()).strip("-")
-    file = args.out / f"{stem}-{about['environment']['date']}.json"
+    file = _new_file(args.out, f"{stem}-{about['environment']['date']}")
     results = Results(file, about)
-    run(here, results, began, args.budget, args.quick)
+    run(here, results, began, args.budget, args.quick, args.shapes, not args.no_tests)
     file.with_suffix(".md").write_text(text := report.gpu(results.content))
     print(text)
     written = [file, file.with_suffix(".md"), *report.gpu_plots(results.content, file)]

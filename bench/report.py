@@ -389,14 +389,16 @@ def _gpu_losses(rows: list[Row]) -> str:
     lines = []
     for row in rows:
         where = f"- {row['part']}, {row['shape']}: "
-        for name in row["times"]:
+        for name, times in row["times"].items():
+            if "failed" in times:
+                lines.append(f"{where}{name} failed: {times['failed']}")
             precision = name.rsplit(", ", 1)[-1]
             ours = _of(row, name)
             for other in (f"{stock}, {precision}" for stock in STOCK):
                 theirs = _of(row, other)
                 if name.startswith("ours") and ours and theirs and ours > theirs:
-                    times = f"{ours / theirs:.2f} times as long as {other}"
-                    lines.append(f"{where}{name} takes {times}")
+                    ratio = f"{ours / theirs:.2f} times as long as {other}"
+                    lines.append(f"{where}{name} takes {ratio}")
         lines += [f"{where}{name} is wrong: {row['errors'][name]}" for name in row["wrong"]]
     return "\n".join(lines or ["- nowhere"])
 

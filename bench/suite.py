@@ -27,13 +27,13 @@ from .case import Case, errors, is_right
 from .fresh import peak_extra_bytes
 from .model import EPOCH_TOLERANCE, Models, quiet, step_errors
 from .shapes import SHAPES, Shape
-from .timing import environment, interleaved
+from .suite_report import ALTERNATIVES
+from .timing import environment, first_line, interleaved
 
 #: Few genes and many, few batches and many; compiling stock takes most of a minute a shape.
 DEFAULT_SHAPES = ("tutorial", "hlca", "census", "allgenes")
 QUICK_SHAPES = ("tutorial", "census")
 PARTS = ("operations", "step", "epoch")
-ALTERNATIVES = ("stock eager", "stock compiled", "ours")
 #: What is timed of each operation; of ``count_nll`` with counts in CSR, as ``fuse`` hands them.
 OPERATIONS: dict[str, tuple[str, Callable[[Shape, torch.device], Case], str]] = {
     "csr_linear": ("encoder's first layer", csr_linear.case, "ours"),
@@ -163,15 +163,8 @@ def no_compiler(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x * factor, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:
-        return f"torch.compile fails here: {_first_line(error)}"
+        return f"torch.compile fails here: {first_line(error)}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return "out of memory"
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line[:160]}"
 
 
 def _peak_bytes(run: Run, device: torch.device) -> int | None:
@@ -206,7 +199,7 @@ def _time(row: Row, runs: dict[str, Run], options: Options, at_most: float) -> N
         try:
             run()
         except Exception as error:  # one alternative's failure must not cost the others
-            row.missing[name] = _first_line(error)
+            row.missing[name] = first_line(error)
         else:
             working[name] = synchronised(run)
     if working:
@@ -235,7 +228,7 @@ def operation(name: str, shape: Shape, options: Options) -> Row:
         try:
             row.errors[alternative] = errors(case.both(function), truth, n_outputs)
         except Exception as error:
-            row.missing[alternative] = _first_line(error)
+            row.missing[alternative] = first_line(error)
     del truth
     if "ours" in row.errors:
         row.wrong = not is_right(row.errors["ours"], row.errors["stock eager"])
@@ -334,7 +327,7 @@ def run(options: Options, out: Path, say: Callable[[str], Any]) -> bool:
         options = replace(options, parts=tuple(p for p in options.parts if p == "operations"))
         left_out.append(
             "training step and epoch: scvi-tools is not installed (pip install "
-            "'decoder-fast[scvi]'); the operations are compared with its formulas in plain PyTorch"
+            "scvi-tools); the operations are compared with its formulas in plain PyTorch"
         )
     if not options.compiled:
         left_out.append("stock compiled: --no-compile")
@@ -371,7 +364,7 @@ def _attempt(job: Callable[[], Row], what: str, shape: Shape, device: torch.devi
     try:
         return job()
     except Exception as error:  # one failure must not cost the other measurements
-        return Row(what, shape, missing=dict.fromkeys(ALTERNATIVES, _first_line(error)))
+        return Row(what, shape, missing=dict.fromkeys(ALTERNATIVES, first_line(error)))
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -183,7 +183,7 @@ class Report:
             for row in self.rows:
                 writer.writerows(self._csv_line(row, name) for name in ALTERNATIVES)
         if importlib.util.find_spec("matplotlib") is None:
-            say("no plots: matplotlib is not installed (pip install 'decoder-fast[scvi]')")
+            say("no plots: matplotlib is not installed (pip install matplotlib)")
             return
         for kind, file_name in PLOTS.items():
             self._draw(kind, out / file_name)

@@ -24,6 +24,14 @@ from decoder_fast import native
 REPEATS = 7
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "out of memory"
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:160]}"
+
+
 def interleaved(
     alternatives: dict[str, Callable[[], object]],
     *,

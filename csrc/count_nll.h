@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 namespace decoder_fast {
 
 enum Likelihood : std::int32_t { nb = 0, zinb = 1, poisson = 2 };
-enum Activation : std::int32_t { softmax = 0, softplus = 1 };
 enum NumberType : std::int32_t {
     type_float32 = 0,
     type_float64 = 1,
@@ -18,7 +19,6 @@ enum NumberType : std::int32_t {
     type_int32 = 6,
     type_int64 = 7
 };
-enum Status : std::int32_t { ok = 0, bad_count = 1, out_of_memory = 2 };
 
 // decoder_fast/cpp/count_nll.py declares the same, field by field. Matrices are contiguous, row
 // by row. Pointers to outputs that are not wanted, and to inputs that do not exist, are null.
@@ -47,16 +47,16 @@ struct CountNll {
     const void* dense;   // n_cells x n_genes, or null:
     std::int64_t dense_stride;  // elements from cell to cell
     const void* crow;    // n_cells + 1
-    const void* column;  // ascending within a row, without duplicates
+    const void* col;  // ascending within a row, without duplicates
     const void* values;
     std::int32_t counts_type;  // NumberType of dense or values
-    std::int32_t index_type;   // type_int32 or type_int64, of crow and column
+    std::int32_t index_type;   // type_int32 or type_int64, of crow and col
 
     const float* upstream;  // n_rows: gradient by each negative log-likelihood, or null:
     double upstream_of_all;  // the same number for every row
     float* nll;             // n_rows
     float* shift;           // n_rows: library, under softmax less log-sum-exp of the logits
-    float* d_log_mu;        // n_rows: sum over genes of the log-likelihood's derivative by log(mu)
+    float* usum;            // n_rows: sum over genes of the log-likelihood's derivative by log(mu)
     float* d_hidden;        // gradients, in the shapes of what they belong to
     float* d_scale_weight;
     float* d_scale_bias;

@@ -101,7 +101,7 @@ inline void plan(Call& c) {
     const CountNll& in = c.in;
     c.gradients = in.d_hidden || in.d_scale_weight || in.d_scale_bias || in.d_dropout_weight ||
                   in.d_dropout_bias || in.d_r_weight || in.d_r_bias || in.d_px_r;
-    c.shift_alone = !c.gradients && in.nll == nullptr && in.d_log_mu == nullptr;
+    c.shift_alone = !c.gradients && in.nll == nullptr && in.usum == nullptr;
     c.by_element = in.likelihood != poisson && (in.r_weight != nullptr || in.px_r_index != nullptr);
     c.h_by_cell_wanted = in.d_scale_weight || in.d_dropout_weight || in.d_r_weight;
 
@@ -246,19 +246,19 @@ template <class T, class Index>
 inline void scan_csr(const Call& c, Worker& w, std::int64_t* cursor, std::int64_t gene,
                      std::int64_t n) {
     const Index* crow = static_cast<const Index*>(c.in.crow);
-    const Index* column = static_cast<const Index*>(c.in.column);
+    const Index* col = static_cast<const Index*>(c.in.col);
     const T* values = static_cast<const T*>(c.in.values);
     const std::int64_t end = gene + n;
     Appender list(c, w, gene);
     for (std::int64_t row = 0; row < c.n_rows; ++row) {
         const std::int64_t stop = crow[(c.first_row + row) % c.in.n_cells + 1];
         std::int64_t p = cursor[row];
-        for (; p < stop && column[p] < end; ++p) {
-            list.append(column[p] - gene, row, static_cast<double>(values[p]));
+        for (; p < stop && col[p] < end; ++p) {
+            list.append(col[p] - gene, row, static_cast<double>(values[p]));
         }
         cursor[row] = p;
         // What the next tile reads of this row: as many rows are read in turn, no hardware sees it.
-        __builtin_prefetch(column + p + 8);
+        __builtin_prefetch(col + p + 8);
         __builtin_prefetch(values + p + 8);
     }
     w.nonzeros.n = list.n;
@@ -268,12 +268,12 @@ inline void scan_csr(const Call& c, Worker& w, std::int64_t* cursor, std::int64_
 template <class Index>
 inline void find_chunks(const Call& c, std::int64_t row) {
     const std::int64_t cell = (c.first_row + row) % c.in.n_cells;
-    const Index* column = static_cast<const Index*>(c.in.column);
+    const Index* col = static_cast<const Index*>(c.in.col);
     const std::int64_t stop = static_cast<const Index*>(c.in.crow)[cell + 1];
     std::int64_t p = static_cast<const Index*>(c.in.crow)[cell];
     for (std::int64_t k = 0; k < c.n_chunks; ++k) {
         const std::int64_t start = c.chunk_start(k);
-        while (p < stop && column[p] < start) ++p;
+        while (p < stop && col[p] < start) ++p;
         c.cursor[k * c.n_cells_padded + row] = p;
     }
 }
@@ -365,10 +365,10 @@ inline void head_gradients(const Call& c, Worker& w, const float* d, const float
         }
         for (std::int64_t i = 0; i < gene_pairs && d_hidden != nullptr; ++i) {
             const bool both = 2 * i + 1 < n;
-            const float* first = d + 2 * i * c.ld;
+            const float* d_row = d + 2 * i * c.ld;
             for (std::int64_t j = 0; j < cells; j += lanes) {
-                store_pairs(w.d_by_gene + i * cells + j, load(first + j),
-                            both ? load(first + c.ld + j) : zero());
+                store_pairs(w.d_by_gene + i * cells + j, load(d_row + j),
+                            both ? load(d_row + c.ld + j) : zero());
             }
             const float* row = rows + 2 * i * padded;
             for (std::int64_t k = 0; k < padded; k += lanes) {
@@ -960,7 +960,7 @@ inline void combine_derivatives(const Call& c) {
             u += c.chunk_u[k * cells + j];
         }
         if (in.nll != nullptr) in.nll[c.first_row + j] = static_cast<float>(nll);
-        if (in.d_log_mu != nullptr) in.d_log_mu[c.first_row + j] = static_cast<float>(u);
+        if (in.usum != nullptr) in.usum[c.first_row + j] = static_cast<float>(u);
         c.row_slope[j] = static_cast<float>(u * c.row_weight[j] / c.row_total[j]);
     }
 }
@@ -1043,12 +1043,13 @@ inline void start_genes(const Call& c, std::int64_t chunk) {
     }
 }
 
-inline std::int32_t count_nll(CountNll& in) {
+inline Status count_nll(CountNll& in) {
     Call c(in);
     c.workers = nullptr;
     c.fast_products = DECODER_FAST_BF16 && in.fast_products != 0;
-    c.n_workers = in.n_threads < 1 ? 1 : in.n_threads;
     plan(c);
+    const int n_threads = in.n_threads < 1 ? 1 : in.n_threads;
+    c.n_workers = static_cast<int>(least<std::int64_t>(n_threads, c.n_chunks));
     Carver size{nullptr, 0};
     carve(c, size);
     Workspace workspace(size.used);
@@ -1063,11 +1064,11 @@ inline std::int32_t count_nll(CountNll& in) {
     auto third = [&c](std::int64_t chunk, int worker) { phase3(c, chunk, c.workers[worker]); };
     auto finish = [&c](std::int64_t cell, int) { finish_cell(c, cell); };
 
-    parallel_for(c.n_chunks, c.n_workers, start);
+    parallel_for(c.n_chunks, n_threads, start);
     for (c.first_row = 0; c.first_row < in.n_rows; c.first_row += c.n_cells_padded) {
         c.n_rows = least(c.n_cells_padded, in.n_rows - c.first_row);
         c.first_block = c.first_row == 0;
-        parallel_for(c.n_cells_padded / 16, c.n_workers, pack_cells);
+        parallel_for(c.n_cells_padded / 16, n_threads, pack_cells);
         parallel_for(c.n_chunks, c.n_workers, first);
         combine_logits(c);
         if (c.shift_alone) continue;
@@ -1084,7 +1085,7 @@ inline std::int32_t count_nll(CountNll& in) {
         if (in.d_hidden != nullptr || in.d_scale_weight != nullptr || in.d_scale_bias != nullptr) {
             parallel_for(c.n_chunks, c.n_workers, third);
         }
-        if (in.d_hidden != nullptr) parallel_for(c.n_rows, c.n_workers, finish);
+        if (in.d_hidden != nullptr) parallel_for(c.n_rows, n_threads, finish);
     }
     if (in.d_px_r != nullptr && !c.by_element) {
         std::memcpy(in.d_px_r, c.d_log_theta, sizeof(float) * in.n_genes);

@@ -18,15 +18,15 @@ void decoder_fast::update_running(const CovariateLinear& in) {
     }
 }
 
-// Return a decoder_fast::LayerStatus. Shapes are the caller's to check; labels are checked here.
+// Return a decoder_fast::Status. Shapes are the caller's to check; labels are checked here.
 DECODER_FAST_API std::int32_t decoder_fast_covariate_linear(
     decoder_fast::CovariateLinear* arguments) {
-    return static_cast<std::int32_t>(decoder_fast::kernels().covariate_linear(*arguments));
+    return decoder_fast::kernels().covariate_linear(*arguments);
 }
 
 DECODER_FAST_API std::int32_t decoder_fast_covariate_linear_backward(
     decoder_fast::CovariateLinear* arguments) {
-    return static_cast<std::int32_t>(decoder_fast::kernels().covariate_linear_backward(*arguments));
+    return decoder_fast::kernels().covariate_linear_backward(*arguments);
 }
 
 DECODER_FAST_API void decoder_fast_update_running(decoder_fast::CovariateLinear* arguments) {

@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 namespace decoder_fast {
 
 enum class UnitActivation : std::int32_t { identity, relu, leaky_relu, elu, gelu, silu };
 // Batch norm: none, with the statistics of each sample's cells, or with running statistics.
 enum class BatchNorm : std::int32_t { none, batch, running };
-enum class LayerStatus : std::int32_t { ok, bad_label, out_of_memory };
 
 // Either labels or a matrix; both are shared by the samples.
 struct Covariate {

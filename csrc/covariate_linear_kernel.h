@@ -130,8 +130,10 @@ struct Layer {
 
     // By sample and unit: batch norm is (v - mean) scale + shift.
     float *mean, *scale, *shift;
-    double *sum, *square;  // by sample and unit
-    float *block_sum, *block_square;  // by block and unit
+    // Forward the mean of v and the squares about it, backward sums of gradients, and of their
+    // products with what was normalised: by sample and unit, and by block and unit.
+    double *sum, *square;
+    float *block_sum, *block_square;
     float* d_linear;    // rows x units
     float* by_cell;     // cells x units: d_linear summed over the samples
     float* d_bias;      // by slot and unit
@@ -554,17 +556,17 @@ inline void start_units(const Layer& c) {
     }
 }
 
-inline LayerStatus covariate_linear(CovariateLinear& in) {
+inline Status covariate_linear(CovariateLinear& in) {
     Layer c(in);
     plan(c, false);
     Carver size{nullptr, 0};
     carve(c, size);
     Workspace workspace(size.used);
-    if (workspace.memory == nullptr) return LayerStatus::out_of_memory;
+    if (workspace.memory == nullptr) return out_of_memory;
     Carver memory{static_cast<char*>(workspace.memory), 0};
     carve(c, memory);
     for (std::int64_t k = 0; k < c.n_lookups; ++k) {
-        if (!group(c, c.lookups[k])) return LayerStatus::bad_label;
+        if (!group(c, c.lookups[k])) return bad_label;
     }
     start_units(c);
     if (in.batch_norm == BatchNorm::running) {
@@ -604,7 +606,7 @@ inline LayerStatus covariate_linear(CovariateLinear& in) {
         parallel_for(c.n_blocks, c.n_workers, second);
         if (in.moved_mean != nullptr) update_running(in);
     }
-    return LayerStatus::ok;
+    return ok;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -801,17 +803,17 @@ inline void write_weights(const Layer& c, std::int64_t first_unit) {
     }
 }
 
-inline LayerStatus covariate_linear_backward(CovariateLinear& in) {
+inline Status covariate_linear_backward(CovariateLinear& in) {
     Layer c(in);
     plan(c, true);
     Carver size{nullptr, 0};
     carve(c, size);
     Workspace workspace(size.used);
-    if (workspace.memory == nullptr) return LayerStatus::out_of_memory;
+    if (workspace.memory == nullptr) return out_of_memory;
     Carver memory{static_cast<char*>(workspace.memory), 0};
     carve(c, memory);
     for (std::int64_t k = 0; k < c.n_lookups; ++k) {
-        if (!group(c, c.lookups[k])) return LayerStatus::bad_label;
+        if (!group(c, c.lookups[k])) return bad_label;
     }
     start_units(c);
     if (c.normalises_batch()) {
@@ -882,5 +884,5 @@ inline LayerStatus covariate_linear_backward(CovariateLinear& in) {
         for (std::int64_t s = 0; s < c.n_slots; ++s) total += c.d_bias[s * c.units + j];
         in.d_bias[j] = static_cast<float>(total);
     }
-    return LayerStatus::ok;
+    return ok;
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common.h"
+
 namespace decoder_fast {
 
 // decoder_fast/cpp/csr_linear.py declares the same, field by field. Columns ascend within each row,
@@ -18,7 +20,7 @@ struct CsrLinear {
     std::int32_t n_threads;
 
     const void* crow;     // n_rows + 1
-    const void* column;   // as many as values
+    const void* col;   // as many as values
     const float* values;
     const float* weight;  // n_out x n_columns
     const float* bias;    // n_out, or null

@@ -33,21 +33,21 @@ inline void turn_out(const CsrLinear& in, std::int64_t first, std::int64_t units
 template <class Index>
 inline std::int64_t gather(const CsrLinear& in, std::int64_t p, std::int64_t stop,
                            std::int64_t start, std::int64_t end, const float* tile, float* out) {
-    const Index* column = static_cast<const Index*>(in.column);
-    if (p >= stop || column[p] >= end) return p;
+    const Index* col = static_cast<const Index*>(in.col);
+    if (p >= stop || col[p] >= end) return p;
     V even[out_vectors], odd[out_vectors];
     for (int k = 0; k < out_vectors; ++k) {
         even[k] = odd[k] = zero();
     }
     for (;;) {
-        const float* from = tile + (column[p] - start) * out_block;
+        const float* from = tile + (col[p] - start) * out_block;
         V value = set1(in.values[p]);
         for (int k = 0; k < out_vectors; ++k) even[k] = fma(value, load(from + k * lanes), even[k]);
-        if (++p == stop || column[p] >= end) break;
-        from = tile + (column[p] - start) * out_block;
+        if (++p == stop || col[p] >= end) break;
+        from = tile + (col[p] - start) * out_block;
         value = set1(in.values[p]);
         for (int k = 0; k < out_vectors; ++k) odd[k] = fma(value, load(from + k * lanes), odd[k]);
-        if (++p == stop || column[p] >= end) break;
+        if (++p == stop || col[p] >= end) break;
     }
     for (int k = 0; k < out_vectors; ++k) {
         store(out + k * lanes, add(load(out + k * lanes), add(even[k], odd[k])));
@@ -60,17 +60,17 @@ template <class Index>
 inline std::int64_t scatter(const CsrLinear& in, std::int64_t p, std::int64_t stop,
                             std::int64_t start, std::int64_t end, const float* gradient,
                             float* tile) {
-    const Index* column = static_cast<const Index*>(in.column);
-    if (p >= stop || column[p] >= end) return p;
+    const Index* col = static_cast<const Index*>(in.col);
+    if (p >= stop || col[p] >= end) return p;
     V g[out_vectors];
     for (int k = 0; k < out_vectors; ++k) g[k] = load(gradient + k * lanes);
     do {
-        float* to = tile + (column[p] - start) * out_block;
+        float* to = tile + (col[p] - start) * out_block;
         const V value = set1(in.values[p]);
         for (int k = 0; k < out_vectors; ++k) {
             store(to + k * lanes, fma(value, g[k], load(to + k * lanes)));
         }
-    } while (++p < stop && column[p] < end);
+    } while (++p < stop && col[p] < end);
     return p;
 }
 
@@ -120,7 +120,7 @@ template <class Index>
 inline void csr_linear_backward_item(const CsrLinear& in, const CsrWorker& w, std::int64_t first,
                                      std::int64_t begin, std::int64_t stop) {
     const Index* crow = static_cast<const Index*>(in.crow);
-    const Index* column = static_cast<const Index*>(in.column);
+    const Index* col = static_cast<const Index*>(in.col);
     const std::int64_t units = least(out_block, in.n_out - first);
     for (std::int64_t i = 0; i < in.n_rows; ++i) {
         for (std::int64_t u = 0; u < out_block; ++u) {
@@ -129,7 +129,7 @@ inline void csr_linear_backward_item(const CsrLinear& in, const CsrWorker& w, st
         std::int64_t low = crow[i], high = crow[i + 1];
         while (low < high) {
             const std::int64_t middle = (low + high) / 2;
-            if (column[middle] < begin) low = middle + 1;
+            if (col[middle] < begin) low = middle + 1;
             else high = middle;
         }
         w.cursor[i] = low;
@@ -147,12 +147,12 @@ inline void csr_linear_backward_item(const CsrLinear& in, const CsrWorker& w, st
 
 // Calls item(worker, first output, number) for all outputs, and for each for all numbers.
 template <class Item>
-inline bool for_outputs(const CsrLinear& in, std::int64_t n_rows, std::int64_t numbers, Item item) {
+inline Status for_outputs(const CsrLinear& in, std::int64_t n_rows, std::int64_t numbers, Item item) {
     Carver size{nullptr, 0};
     CsrWorker worker;
     worker.carve(size, n_rows);
     Workspace workspace(size.used * static_cast<std::size_t>(in.n_threads));
-    if (workspace.memory == nullptr) return false;
+    if (workspace.memory == nullptr) return out_of_memory;
     auto body = [&](std::int64_t i, int thread) {
         Carver memory{static_cast<char*>(workspace.memory), size.used * static_cast<std::size_t>(thread)};
         CsrWorker w;
@@ -160,7 +160,7 @@ inline bool for_outputs(const CsrLinear& in, std::int64_t n_rows, std::int64_t n
         item(w, i / numbers * out_block, i % numbers);
     };
     parallel_for((in.n_out + out_block - 1) / out_block * numbers, in.n_threads, body);
-    return true;
+    return ok;
 }
 
 inline std::int64_t share(std::int64_t n, const CsrLinear& in, std::int64_t smallest,
@@ -171,7 +171,7 @@ inline std::int64_t share(std::int64_t n, const CsrLinear& in, std::int64_t smal
     return part < smallest ? smallest : part > largest ? largest : part;
 }
 
-inline bool csr_linear(const CsrLinear& in) {
+inline Status csr_linear(const CsrLinear& in) {
     const std::int64_t part = share(in.n_rows, in, least_rows, most_rows, 1);
     return for_outputs(in, least(part, in.n_rows), (in.n_rows + part - 1) / part,
                        [&](const CsrWorker& w, std::int64_t first, std::int64_t number) {
@@ -182,7 +182,7 @@ inline bool csr_linear(const CsrLinear& in) {
                        });
 }
 
-inline bool csr_linear_backward(const CsrLinear& in) {
+inline Status csr_linear_backward(const CsrLinear& in) {
     const std::int64_t part =
         share(in.n_columns, in, tile_columns, round_up(in.n_columns, tile_columns), tile_columns);
     return for_outputs(

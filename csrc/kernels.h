@@ -19,13 +19,13 @@ namespace decoder_fast {
 
 struct Kernels {
     const char* instruction_set;
-    std::int32_t (*count_nll)(CountNll&);
+    Status (*count_nll)(CountNll&);
     void (*softmax_library)(const SoftmaxLibrary&);
     void (*softmax_library_backward)(const SoftmaxLibrary&);
-    LayerStatus (*covariate_linear)(CovariateLinear&);
-    LayerStatus (*covariate_linear_backward)(CovariateLinear&);
-    bool (*csr_linear)(const CsrLinear&);  // false: no memory
-    bool (*csr_linear_backward)(const CsrLinear&);
+    Status (*covariate_linear)(CovariateLinear&);
+    Status (*covariate_linear_backward)(CovariateLinear&);
+    Status (*csr_linear)(const CsrLinear&);
+    Status (*csr_linear_backward)(const CsrLinear&);
 };
 
 // Each is null where the compiler or the target has no such instruction set.

@@ -11,7 +11,7 @@ namespace {
 
 // Raise it together with ABI_VERSION in decoder_fast/native.py whenever the signature or the
 // meaning of an exported function changes.
-constexpr std::int32_t abi_version = 2;
+constexpr std::int32_t abi_version = 3;
 
 // Names of the operations implemented here, separated by spaces.
 constexpr const char* operations = "count_nll softmax_library covariate_linear csr_linear";
@@ -20,8 +20,6 @@ constexpr const char* operations = "count_nll softmax_library covariate_linear c
 constexpr const char* compiler = "clang " __clang_version__;
 #elif defined(__GNUC__)
 constexpr const char* compiler = "gcc " __VERSION__;
-#elif defined(_MSC_VER)
-constexpr const char* compiler = "msvc";
 #else
 constexpr const char* compiler = "unknown compiler";
 #endif

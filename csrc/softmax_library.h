@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "count_nll.h"
+#include "common.h"
 
 namespace decoder_fast {
 

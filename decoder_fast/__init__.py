@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["DecoderSCVI", "FCLayers", "__version__", "functional", "fuse", "fused", "unfuse"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> _Any:
     # The bridge imports scvi-tools, which takes seconds and is optional.
     if name in ("fuse", "fused", "unfuse"):

@@ -15,19 +15,13 @@ __all__ = ["COMPILE_FLAGS", "LIBRARY", "LINK_FLAGS", "sources"]
 #: knows nothing of Python, so one build serves every version.
 LIBRARY = "_native.dll" if sys.platform == "win32" else "_native.so"
 
-#: Compiler flags, by setuptools' name for the kind of compiler. No ``-march``: kernels choose the
-#: instruction set at run time, so a library built on one machine runs on another.
-COMPILE_FLAGS = {
-    # No contraction: what is fused is written so, and results do not depend on the compiler.
-    "unix": ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"],
-    "msvc": ["/std:c++17", "/O2", "/EHsc"],
-}
+#: Flags of GCC and clang, in whose vectors the kernels are written; MSVC has none. No ``-march``:
+#: kernels choose the instruction set at run time, so that a library runs on other machines too. No
+#: contraction: what is fused is written so, and results do not depend on the compiler.
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
 
-#: Flags of the linker, likewise.
-LINK_FLAGS: dict[str, list[str]] = {
-    "unix": ["-pthread"] + (["-ldl"] if sys.platform == "linux" else []),
-    "msvc": [],
-}
+#: Flags of the linker.
+LINK_FLAGS = ["-pthread"] + (["-ldl"] if sys.platform == "linux" else [])
 
 
 def sources(folder: Path) -> list[Path]:

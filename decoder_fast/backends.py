@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "OPERATIONS", "Choice", "availability", "choose", "implementation"]
+__all__ = ["BACKENDS", "OPERATIONS", "Choice", "choose", "implementation"]
 
 #: The operations, by the one name that each has in every part of the project.
 OPERATIONS = ("covariate_linear", "softmax_library", "count_nll", "csr_linear")
@@ -25,6 +25,9 @@ OPERATIONS = ("covariate_linear", "softmax_library", "count_nll", "csr_linear")
 #: The backends, fastest first, and the package that holds one module an operation for each.
 _PACKAGES = {"triton": "triton_kernels", "cpp": "cpp", "torch": "reference"}
 BACKENDS = tuple(_PACKAGES)
+
+#: Earlier GPUs lack the shared memory, tf32 and bfloat16 that the Triton kernels count on.
+_LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ def _missing_triton() -> str | None:
     return None
 
 
+def _too_old(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on one GPU, or None."""
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _LEAST_CAPABILITY:
+        return None
+    return (
+        "its kernels need an NVIDIA GPU of compute capability "
+        f"{'.'.join(map(str, _LEAST_CAPABILITY))} or later (Ampere, 2020), and "
+        f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}"
+    )
+
+
 def _interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on the CPU: to debug and test, slowly."""
     asked = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,17 +89,6 @@ def _missing_native() -> str | None:
     from . import native
 
     return native.reason()
-
-
-def availability() -> dict[str, str | None]:
-    """Say which backends can run on this machine.
-
-    Returns
-    -------
-    dict
-        For every backend None if it can run, else the reason why it cannot.
-    """
-    return {"triton": _missing_triton(), "cpp": _missing_native(), "torch": None}
 
 
 def _triton_reason(
@@ -97,6 +103,8 @@ def _triton_reason(
             return f"its kernels run on CUDA devices, and the tensors are on '{device}'"
         if (missing := _missing_triton()) is not None:
             return missing
+        if (too_old := _too_old(device)) is not None:
+            return too_old
     from .triton_kernels import OPERATIONS as kernels
 
     if operation not in kernels:
@@ -216,5 +224,10 @@ def implementation(operation: str, backend: str) -> ModuleType:
     backend
         One of :data:`BACKENDS`, as :func:`choose` returned it. Triton is imported here, on first
         use.
+
+    Returns
+    -------
+    module
+        It.
     """
     return importlib.import_module(f".{_PACKAGES[backend]}.{operation}", __package__)

@@ -30,7 +30,9 @@ from .datasets import (
     demo_counts,
     read_counts,
 )
-from .training import SUMMARY, Settings, check_settings, output_folder
+from .nn import DISPERSIONS
+from .reference.log_prob import LIKELIHOODS
+from .training import SUMMARY, Settings, check_settings, cpu_threads, output_folder
 from .training import train as train_model
 
 __all__ = ["main"]
@@ -44,6 +46,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; unknown arguments are reported by the command that was given them."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = f" {arguments.command}"
+            raise InputError(
+                f"unrecognized arguments: {' '.join(unknown)} (see {self.prog}{command} --help)"
+            )
+        return arguments
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -100,17 +112,33 @@ def _parser() -> argparse.ArgumentParser:
             help=f"columns of obs with further {kind} covariates",
         )
     model = train.add_argument_group("the model and its training (defaults as in scvi-tools)")
-    model.add_argument("--likelihood", choices=("zinb", "nb", "poisson", "normal"), default="zinb")
+    options: dict[str, dict[str, Any]] = {
+        "--likelihood": {"choices": LIKELIHOODS, "default": "zinb", "help": "of the counts"},
+        "--dispersion": {"choices": DISPERSIONS, "default": "gene", "help": "what it differs by"},
+        "--n-latent": {"type": _at_least(1), "default": 10, "help": "latent dimensions"},
+        "--n-layers": {"type": _at_least(1), "default": 1, "help": "hidden layers"},
+        "--n-hidden": {"type": _at_least(1), "default": 128, "help": "units of a hidden layer"},
+        "--max-epochs": {"type": _at_least(1), "help": "passes over all cells"},
+        "--batch-size": {"type": _at_least(2), "default": 128, "help": "cells of a mini-batch"},
+        "--seed": {"type": _at_least(0), "default": 0, "help": "of all random numbers"},
+        "--accelerator": {
+            "choices": ("auto", "cpu", "gpu", "mps"),
+            "default": "auto",
+            "help": "what to train on",
+        },
+        "--threads": {"type": _at_least(1), "help": "of the CPU"},
+    }
+    for name, option in options.items():
+        option["help"] += f" (default: {option.get('default', 'by what there is')})"
+        if "choices" in option:
+            option["help"] = f"{', '.join(option['choices'])}: {option['help']}"
+            option["metavar"] = "NAME"
+        model.add_argument(name, **{"metavar": "N", **option})
     model.add_argument(
-        "--dispersion", choices=("gene", "gene-batch", "gene-label", "gene-cell"), default="gene"
+        "--early-stopping",
+        action="store_true",
+        help="stop when the ELBO of the validation cells no longer improves",
     )
-    model.add_argument("--n-latent", type=_at_least(1), default=10, metavar="N")
-    model.add_argument("--n-layers", type=_at_least(1), default=1, metavar="N")
-    model.add_argument("--n-hidden", type=_at_least(1), default=128, metavar="N")
-    model.add_argument("--max-epochs", type=_at_least(1), metavar="N")
-    model.add_argument("--batch-size", type=_at_least(2), default=128, metavar="N")
-    model.add_argument("--seed", type=_at_least(0), default=0, metavar="N")
-    model.add_argument("--accelerator", choices=("auto", "cpu", "gpu", "mps"), default="auto")
     model.add_argument(
         "--no-fused", action="store_true", help="train with scvi-tools' own decoder, to compare"
     )
@@ -196,9 +224,10 @@ def _note(message: str) -> None:
 def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
+        packages = " ".join("scvi-tools" if name == "scvi" else name for name in missing)
         raise InputError(
             f"this command needs {', '.join(missing)}, which is not installed: "
-            "pip install 'decoder-fast[scvi]'"
+            f"pip install {packages}"
         )
 
 
@@ -220,6 +249,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         accelerator=arguments.accelerator,
+        threads=arguments.threads,
+        early_stopping=arguments.early_stopping,
         fused=not arguments.no_fused,
         cuda_graph=arguments.cuda_graph,
     )
@@ -272,6 +303,8 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         if settings.keys.batch is None:
             _note("no batch key: all cells count as one batch")
+        if settings.keys.labels is not None and settings.dispersion != "gene-label":
+            _note("note: SCVI takes labels for --dispersion gene-label alone")
         _say(f"training  {'fused' if settings.fused else 'stock'} SCVI, {settings.likelihood}")
         summary = train_model(adata, settings, folder, source=source, demo=demo)
     _report(summary, out)
@@ -288,17 +321,17 @@ def _is_demo_output(out: Path) -> bool:
 
 def _report(summary: dict[str, Any], out: Path) -> None:
     final = summary["final"]
-    batches = summary["batches"]
+    batches, epochs = summary["batches"], summary["epochs"]
     lines = {
         "data": f"{summary['cells']:,} cells x {summary['genes']:,} genes, "
         f"{summary['density']:.1%} non-zero, {batches:,} batch{'' if batches == 1 else 'es'}",
-        "training": f"{summary['epochs']} epochs in {summary['seconds']:.1f} s: "
+        "training": f"{epochs} epoch{'' if epochs == 1 else 's'} in {summary['seconds']:.1f} s: "
         f"{summary['cells_per_second']:,.0f} cells per second",
         "device": summary["device"],
         "ran": ", ".join(
             f"{step.get('operation', step['step'])}: {step['backend']}" for step in summary["ran"]
         )
-        + f" ({SUMMARY} says why nothing faster)",
+        + (f" ({SUMMARY} says why nothing faster)" if summary["settings"]["fused"] else ""),
         "-ELBO": f"{final['elbo_train']:,.2f} train, {final['elbo_validation']:,.2f} validation "
         "(nats per cell)",
         "written": f"{out}/: model/, latent.h5ad, training.png, training.csv, {SUMMARY}",
@@ -328,17 +361,14 @@ def _bench(arguments: argparse.Namespace) -> int:
         quick=arguments.quick,
         compiled=not arguments.no_compile,
     )
-    threads = torch.get_num_threads()
     out = arguments.out or Path(_BENCH_OUT)
     overwrite = arguments.overwrite or arguments.out is None
-    try:
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        with output_folder(out, overwrite=overwrite, marker=CSV) as folder:
-            right = suite.run(options, folder, _say)
-            written = ", ".join(sorted(path.name for path in folder.iterdir()))
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        cpu_threads(arguments.threads),
+        output_folder(out, overwrite=overwrite, marker=CSV) as folder,
+    ):
+        right = suite.run(options, folder, _say)
+        written = ", ".join(sorted(path.name for path in folder.iterdir()))
     _say(f"\nwritten: {out}/: {written}")
     return 0 if right else 1
 
@@ -359,8 +389,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     extras = ("scvi-tools", "anndata", "scanpy", "matplotlib")
     packages = {name: installed(name) for name in ("torch", "triton", *extras)}
     section("Software", {"Python": platform.python_version(), **packages})
-    if any(packages[name] == "not installed" for name in extras):
-        _say("  training needs these: pip install 'decoder-fast[scvi]'")
+    if missing := [name for name in extras if packages[name] == "not installed"]:
+        _say(f"  training needs these: pip install {' '.join(missing)}")
 
     section(
         "Machine",

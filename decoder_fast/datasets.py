@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ DATA_VARIABLE = "DECODER_FAST_DATA"
 
 #: Below these scVI has nothing to learn from, and its validation set may come out empty.
 MIN_CELLS, MIN_GENES = 50, 10
+
+_GENE_ID = r"ENS[A-Z]*G\d{6,}"  # of Ensembl
 
 _SAMPLED_BLOCKS, _SAMPLED_BLOCK = 16, 1 << 16
 _BLOCK = 1 << 22  # values or matrix elements that are worked on at a time: tens of megabytes
@@ -119,9 +123,11 @@ class _Survey:
         if self.not_finite:
             return f"{self.not_finite:,} of {self.seen:,} non-zero values are NaN or infinite"
         if self.negative:
+            # the encoder takes log(1 + x), whatever the likelihood
+            scaled = ": this looks like scaled data" if self.negative > self.seen / 100 else ""
             return (
-                f"{self.negative / self.seen:.1%} of the non-zero values are negative, the "
-                f"smallest is {self.smallest:.4g}: this looks like scaled data"
+                f"{self.negative:,} of {self.seen:,} non-zero values are negative, the "
+                f"smallest is {self.smallest:.4g}{scaled}"
             )
         if self.fractional and not fractional_ok:
             found = (
@@ -185,23 +191,37 @@ def _counts_elsewhere(matrices: dict[str, Any], where: str) -> str:
         survey = _Survey.of(_sampled_blocks(matrix))
         if name == where or not survey.seen or survey.problem():
             continue
-        advice = "add --layer " + name.split("'")[1] if "'" in name else "leave out --layer"
+        advice = "leave out --layer"
         if name == "raw.X":
             advice = "write adata.raw.to_adata() to a new file and train on that"
+        elif (layer := _layer(name)) is not None:
+            advice = f"add --layer {shlex.quote(layer)}"
         found.append(f"{name} looks like raw counts: {advice}")
     return "; ".join(found)
 
 
-def _not_counts(where: str, problem: str, elsewhere: str) -> InputError:
+def _not_counts(where: str, problem: str, elsewhere: str, likelihood: str) -> InputError:
+    found = f"; {elsewhere}" if elsewhere else ""
+    if likelihood == "normal":
+        return InputError(
+            f"{where} cannot be trained on: {problem}. Expected finite numbers of 0 and above: "
+            f"SCVI's encoder takes their log(1 + x) under every likelihood{found}"
+        )
     return InputError(
         f"{where} does not hold raw counts: {problem}. "
         "Expected whole numbers of 0 and above, as they come from counting molecules, before any "
-        "normalisation" + (f"; {elsewhere}" if elsewhere else "")
+        f"normalisation{found}"
     )
 
 
 def _where(layer: str | None) -> str:
     return "X" if layer is None else f"layers[{layer!r}]"
+
+
+def _layer(where: str) -> str | None:
+    """Return the layer that :func:`_where` was told of."""
+    in_brackets = where.removeprefix("layers[").removesuffix("]")
+    return None if in_brackets == where else ast.literal_eval(in_brackets)
 
 
 def read_counts(
@@ -303,14 +323,16 @@ def _read_parts(
     elsewhere = "no other matrix of the file looks like raw counts"
     if where not in matrices:
         raise InputError(
-            f"the file has no {where}; it has: {', '.join(matrices) or 'no matrix at all'}; "
-            f"{_counts_elsewhere(matrices, where) or elsewhere}"
+            f"the file has no {where}; it has: "
+            + (", ".join(matrices) + "; " if matrices else "no matrix at all")
+            + (_counts_elsewhere(matrices, where) or (elsewhere if matrices else ""))
         )
     node = matrices[where]
     survey = _Survey.of(_sampled_blocks(node))
     if problem := survey.problem(likelihood == "normal"):
         problem = f"in a sample of {survey.seen:,} non-zero values, {problem}"
-        raise _not_counts(where, problem, _counts_elsewhere(matrices, where) or elsewhere)
+        elsewhere = _counts_elsewhere(matrices, where) or elsewhere
+        raise _not_counts(where, problem, elsewhere, likelihood)
     if backed:
         encoding = str(node.attrs.get("encoding-type", "unknown"))
         if layer is not None or encoding != "csr_matrix":
@@ -371,6 +393,10 @@ def check_counts(
     matrix = matrices[where]
     if matrix.dtype.kind not in "biuf":
         raise InputError(f"{where} has dtype {matrix.dtype}; expected numbers")
+    _check_size(where, adata, "cells")
+    genes = adata.obs_names.astype(str).str.match(_GENE_ID).sum()
+    if genes > adata.n_obs / 2:
+        say("note: the cells are named as genes are; if the matrix is transposed, save adata.T")
     if adata.isbacked:
         sums: list[np.ndarray] = []
         blocks = _blocks_on_disk(matrix, sums)
@@ -389,7 +415,7 @@ def check_counts(
     problem = survey.problem(likelihood == "normal")
     if problem or not survey.seen:
         elsewhere = _counts_elsewhere(matrices, where)
-        raise _not_counts(where, problem or "all its values are zero", elsewhere)
+        raise _not_counts(where, problem or "all its values are zero", elsewhere, likelihood)
 
     # a library size of zero has the logarithm -inf, which would turn the whole model into NaN
     library = np.concatenate(sums) if adata.isbacked else matrix.sum(axis=1, dtype=np.float64)
@@ -402,12 +428,16 @@ def check_counts(
             )
         say(f"leaving out {n_empty:,} of {adata.n_obs:,} cells, which have no counts at all")
         adata = adata[filled].copy()
+        _check_size(where, adata, "cells with counts")
+    return adata
+
+
+def _check_size(where: str, adata: AnnData, cells: str) -> None:
     if adata.n_obs < MIN_CELLS or adata.n_vars < MIN_GENES:
         raise InputError(
-            f"{where} has {adata.n_obs:,} cells with counts and {adata.n_vars:,} genes; "
+            f"{where} has {adata.n_obs:,} {cells} and {adata.n_vars:,} genes; "
             f"expected at least {MIN_CELLS} cells (better a thousand) and {MIN_GENES} genes"
         )
-    return adata
 
 
 class _Unavailable(Exception):

@@ -4,8 +4,8 @@ The library is usually built when the package is installed. Where it was not (no
 time, or a checkout that was never installed) the C++ sources that come with the package are
 compiled on first use into ``$XDG_CACHE_HOME/decoder_fast`` (``~/.cache/decoder_fast``); the
 environment variable ``DECODER_FAST_BUILD=0`` forbids that, ``CXX`` and ``CXXFLAGS`` choose the
-compiler and add flags. Importing this module loads and compiles
-nothing, and no function here but :func:`load` and :func:`describe` raises for a missing library.
+compiler and add flags. Importing this module loads and compiles nothing; :func:`reason` and
+:func:`operations` answer where there is no library, all else raises.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from . import _build
 __all__ = ["ABI_VERSION", "describe", "functions", "load", "operations", "reason"]
 
 #: The version of the C interface that this module speaks; ``csrc/library.cpp`` has the same number.
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _PACKAGE = Path(__file__).resolve().parent
 _BUILT = _PACKAGE / _build.LIBRARY
@@ -128,7 +128,7 @@ def _compile() -> Path:
             f"now: {missing}; reinstall the package where there is a C++ compiler"
         )
     compiler, version = _compiler()
-    flags = [*_build.COMPILE_FLAGS["unix"], *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*_build.COMPILE_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     key = hashlib.sha256(repr((compiler, version, flags, sysconfig.get_platform())).encode())
     for file in sorted(path for path in _CSRC.iterdir() if path.is_file()):
@@ -150,7 +150,7 @@ def _compile() -> Path:
             ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_run, commands))
-            link = [*_build.LINK_FLAGS["unix"], "-shared", "-o", str(output)]
+            link = [*_build.LINK_FLAGS, "-shared", "-o", str(output)]
             _run([*compiler, *flags, *map(str, objects), *link])
             os.replace(output, target)
     except OSError as error:
@@ -223,6 +223,11 @@ def functions(
     results
         Name of each function, without the library's prefix, and its ctypes result type.
 
+    Returns
+    -------
+    list of callable
+        The functions, in the order of ``results``.
+
     Raises
     ------
     RuntimeError
@@ -232,7 +237,10 @@ def functions(
     size = library[f"decoder_fast_{operation}_size"]
     size.restype = ctypes.c_int64
     if size() != sum(map(ctypes.sizeof, structures)):
-        raise RuntimeError(f"csrc/{operation}.h and decoder_fast/cpp/{operation}.py disagree")
+        raise RuntimeError(
+            f"csrc/{operation}.h and decoder_fast/cpp/{operation}.py disagree: the library is of "
+            "another version; reinstall decoder-fast"
+        )
     found: list[Callable[..., Any]] = []
     for name, result in results.items():
         function = library[f"decoder_fast_{name}"]
@@ -260,8 +268,8 @@ def describe() -> dict[str, str]:
     -------
     dict
         The library's ``"path"``, its ``"abi version"``, the ``"instruction set"`` that its kernels
-        use on this machine (``"avx512"``, ``"avx2"`` or ``"portable"``) and the ``"compiler"`` that
-        built it.
+        use on this machine (``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``) and the
+        ``"compiler"`` that built it.
 
     Raises
     ------

@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .backends import BACKENDS, Choice, choose
 from .functional import count_nll, covariate_linear, softmax_library
-from .ops._common import check_labels, compute_dtype, no_autocast
-from .ops.count_nll import check_likelihood
+from .ops._common import check_labels, check_option, check_tensors, compute_dtype, no_autocast
 from .ops.log_prob import nb_log_prob, poisson_log_prob, zinb_log_prob
-from .ops.softmax_library import check_scale_activation, log_sum_exp
+from .ops.softmax_library import SCALE_ACTIVATIONS, log_sum_exp
+from .reference.log_prob import LIKELIHOODS
 
 __all__ = ["DecoderSCVI", "Explanation", "FCLayers"]
 
@@ -224,6 +224,19 @@ class FCLayers(nn.Module):
                     if layer.bias is not None:
                         self.hooks.append(layer.bias.register_hook(torch.zeros_like))
 
+    def _check_input(self, name: str, x: Tensor) -> None:
+        """Refuse what does not fit the first layer, in words that are not the layer's."""
+        check_tensors(**{name: x})
+        linear = next(self.fc_layers[0].children(), None)  # type: ignore[arg-type]
+        if not isinstance(linear, nn.Linear):
+            return
+        n_in = linear.in_features - self.n_cov
+        if x.dim() == 0 or x.shape[-1] != n_in:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, expected (cells, {n_in}) or "
+                f"(samples, cells, {n_in})"
+            )
+
     def _categories(self, cat_list: tuple[Tensor | None, ...]) -> list[tuple[Tensor, int]]:
         """Pair the covariates that count with their numbers of categories."""
         if len(self.n_cat_list) > len(cat_list):
@@ -277,6 +290,7 @@ class FCLayers(nn.Module):
         TypeError
             If a covariate has a dtype that does not fit.
         """
+        self._check_input("x", x)
         categories = self._categories(cat_list)
         if not self.use_fused or x.dim() not in (2, 3):
             return self._forward_eager(x, categories, cont)
@@ -377,10 +391,10 @@ class FCLayers(nn.Module):
 class Explanation(list[tuple[str, Choice]]):
     """Which implementation each step of a decoder takes, and why not a faster one.
 
-    A list of ``(step, Choice)``; ``str()`` of it is for people.
+    A list of ``(step, Choice)`` that prints as a text for people.
     """
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return "\n".join(f"{step}\n    " + str(c).replace("\n", "\n    ") for step, c in self)
 
 
@@ -440,7 +454,7 @@ class DecoderSCVI(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_scale_activation(scale_activation)
+        check_option("scale_activation", scale_activation, SCALE_ACTIVATIONS)
         self.use_fused = use_fused
         # The order in which parameters are created decides what a seed gives.
         self.px_decoder = FCLayers(
@@ -513,13 +527,20 @@ class DecoderSCVI(nn.Module):
         ------
         ValueError
             If ``dispersion`` is unknown, a shape does not fit, or a label is out of range.
+        TypeError
+            If ``z`` is not a tensor, or a covariate has a dtype that does not fit.
         """
-        _check_dispersion(dispersion)
+        check_option("dispersion", dispersion, DISPERSIONS)
+        self._check_latent(z)
         px = self.px_decoder(z, *cat_list)
         px_scale, px_rate = self._scale_and_rate(px, library)
         px_dropout = self.px_dropout_decoder(px)
         px_r = self.px_r_decoder(px) if dispersion == "gene-cell" else None
         return px_scale, px_r, px_rate, px_dropout
+
+    def _check_latent(self, z: Tensor) -> None:
+        if isinstance(self.px_decoder, FCLayers):
+            self.px_decoder._check_input("z", z)
 
     def _scale_and_rate(self, px: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         if (
@@ -586,12 +607,13 @@ class DecoderSCVI(nn.Module):
         TypeError
             If an input has a dtype or layout that does not fit.
         """
-        check_likelihood(likelihood)
-        _check_dispersion(dispersion)
+        check_option("likelihood", likelihood, LIKELIHOODS)
+        check_option("dispersion", dispersion, DISPERSIONS)
         if likelihood != "poisson":
             _check_px_r(dispersion, px_r, px_r_index)
+        self._check_latent(z)
         hidden = self.px_decoder(z, *cat_list)
-        return self.hidden_loss(
+        return self._hidden_loss(
             x,
             hidden,
             library,
@@ -601,7 +623,7 @@ class DecoderSCVI(nn.Module):
             px_r_index=px_r_index,
         )
 
-    def hidden_loss(
+    def _hidden_loss(
         self,
         x: Tensor,
         hidden: Tensor,
@@ -635,7 +657,7 @@ class DecoderSCVI(nn.Module):
             r_bias=r.bias if gene_cell else None,
         )
 
-    def hidden_normaliser(self, hidden: Tensor) -> Tensor | None:
+    def _hidden_normaliser(self, hidden: Tensor) -> Tensor | None:
         """Log of each cell's softmax normaliser, (..., 1), from hidden units; None with softplus.
 
         Not differentiable; the heads must be the fused ones.
@@ -647,13 +669,13 @@ class DecoderSCVI(nn.Module):
             hidden = hidden.to(head.weight.dtype)
             return log_sum_exp(hidden, head.weight, head.bias).unsqueeze(-1)
 
-    def hidden_scale(
+    def _hidden_scale(
         self, hidden: Tensor, genes: Tensor | None = None, normaliser: Tensor | None = None
     ) -> Tensor:
         """``px_scale`` of some genes (indices; default: all) from hidden units, fresh.
 
         A softmax is over all genes, whichever are asked for: ``normaliser`` is then what
-        :meth:`hidden_normaliser` returns. Not differentiable where ``genes`` is given; the heads
+        :meth:`_hidden_normaliser` returns. Not differentiable where ``genes`` is given; the heads
         must be the fused ones.
         """
         head: Any = self.px_scale_decoder[0]
@@ -717,9 +739,16 @@ class DecoderSCVI(nn.Module):
         Explanation
             A list of ``(step, Choice)``; print it. A step with backend ``"eager"`` runs the modules
             one by one.
-        """
-        check_likelihood(likelihood)
 
+        Raises
+        ------
+        ValueError
+            If ``likelihood`` is unknown, or ``z`` has a width that does not fit.
+        TypeError
+            If ``z`` is not a tensor.
+        """
+        check_option("likelihood", likelihood, LIKELIHOODS)
+        self._check_latent(z)
         dtype = compute_dtype(z, self.px_r_decoder.weight)
 
         def step(operation: str, reason: str | None, likelihood: str | None = None) -> Choice:
@@ -734,14 +763,6 @@ class DecoderSCVI(nn.Module):
                 ("px_scale, px_rate", step("softmax_library", heads)),
                 (f"reconstruction_loss, {likelihood}", step("count_nll", heads, likelihood)),
             ]
-        )
-
-
-def _check_dispersion(dispersion: str) -> None:
-    if dispersion not in DISPERSIONS:
-        raise ValueError(
-            f"dispersion={dispersion!r} is unknown; expected one of "
-            + ", ".join(map(repr, DISPERSIONS))
         )
 
 

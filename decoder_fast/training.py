@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from pandas import DataFrame
 
-__all__ = ["SUMMARY", "Settings", "check_settings", "output_folder", "quiet", "train"]
+__all__ = [
+    "SUMMARY",
+    "Settings",
+    "check_settings",
+    "cpu_threads",
+    "output_folder",
+    "quiet",
+    "train",
+]
 
 #: The file by which an output folder is known to be one.
 SUMMARY = "summary.json"
@@ -57,6 +65,10 @@ class Settings:
         Seed of all random numbers.
     accelerator
         ``"auto"``, ``"cpu"``, ``"gpu"`` or ``"mps"``, as Lightning names them.
+    threads
+        Threads of the CPU; None for torch's choice.
+    early_stopping
+        Whether to stop when the ELBO of the validation cells no longer improves.
     fused
         Whether to train with the fused decoder.
     cuda_graph
@@ -74,6 +86,8 @@ class Settings:
     batch_size: int = 128
     seed: int = 0
     accelerator: str = "auto"
+    threads: int | None = None
+    early_stopping: bool = False
     fused: bool = True
     cuda_graph: bool = False
 
@@ -227,12 +241,13 @@ def train(
         fuse(model)
 
     started = time.perf_counter()
-    with quiet():
+    with quiet(), cpu_threads(settings.threads):
         model.train(
             max_epochs=settings.max_epochs,
             batch_size=settings.batch_size,
             accelerator=settings.accelerator,
             check_val_every_n_epoch=1,
+            early_stopping=settings.early_stopping,
             **({"cuda_graph": True} if settings.cuda_graph else {}),
         )
     seconds = time.perf_counter() - started
@@ -258,7 +273,7 @@ def train(
         "seconds": round(seconds, 3),
         "cells_per_second": round(n_train * epochs / seconds, 1),
         "final": {key: float(history[key].iloc[-1]) for key in history},
-        "device": _device_name(model.device),
+        "device": _device_name(model.device, settings.threads),
         "ran": _what_ran(model, settings),
         "versions": {
             "decoder_fast": __version__,
@@ -284,6 +299,18 @@ def _n_nonzero(counts: Any) -> int:
 
 
 @contextlib.contextmanager
+def cpu_threads(n: int | None) -> Iterator[None]:
+    """Have torch use some threads of the CPU for a while; None leaves it its choice."""
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's advice to programmers and its table of devices off the screen."""
     loggers = [
@@ -296,6 +323,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
+            # Of the plan's own, which Lightning calls.
+            warnings.filterwarnings("default", message="cuda_graph=True")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -318,10 +347,11 @@ def _what_ran(model: Any, settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: torch.device, threads: int | None) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    n = threads or torch.get_num_threads()
+    return f"{device} ({n} thread{'' if n == 1 else 's'})" if device.type == "cpu" else str(device)
 
 
 def _history(history: dict[str, DataFrame]) -> DataFrame:

@@ -143,7 +143,7 @@ def stock():
     """scvi-tools' ``log_nb_positive`` and ``log_zinb_positive``."""
     return pytest.importorskip(
         "scvi.distributions._negative_binomial",
-        reason="scvi-tools is not installed: pip install 'decoder-fast[scvi]'",
+        reason="scvi-tools is not installed: pip install scvi-tools",
     )
 
 

@@ -10,6 +10,8 @@ With it come the measures that the tests share: :func:`error`, :func:`assert_acc
 
 from __future__ import annotations
 
+import functools
+
 import mpmath
 import torch
 from torch import Tensor
@@ -143,6 +145,7 @@ def hidden_layer(
     return v
 
 
+@functools.cache
 def exact_log_prob(
     likelihood: str,
     x: float,

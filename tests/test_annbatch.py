@@ -13,8 +13,8 @@ scvi = pytest.importorskip("scvi", reason="scvi-tools is what the bridge leads t
 
 from decoder_fast import fuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
-from decoder_fast.lazy import LazyCounts  # noqa: E402
 from decoder_fast.scvi import data  # noqa: E402
+from decoder_fast.scvi.lazy import LazyCounts  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("quiet"), pytest.mark.filterwarnings("ignore")]
 

@@ -125,3 +125,40 @@ def test_what_is_wrong_is_found(version):
     """
     done = _run("-c", textwrap.dedent(script))
     assert done.returncode == 0, done.stderr
+
+
+def test_factors_in_tf32_are_rounded(version, tmp_path):
+    """As cuBLAS rounds them; tensor cores by themselves drop bits, and every product shrinks."""
+    script = """
+        import sys
+
+        import triton
+        import triton.language as tl
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from decoder_fast.triton_kernels.common import dot
+
+
+        @triton.jit
+        def product(a, b, out, PRECISION: tl.constexpr):
+            i = tl.arange(0, 32)
+            square = i[:, None] * 32 + i[None, :]
+            zeros = tl.zeros((32, 32), tl.float32)
+            tl.store(out + square, dot(tl.load(a + square), tl.load(b + square), zeros, PRECISION))
+
+
+        for architecture in (80, 90, 120):
+            for precision in ("ieee", "tf32", "bf16"):
+                source = ASTSource(
+                    product,
+                    {"a": "*fp32", "b": "*fp32", "out": "*fp32", "PRECISION": "constexpr"},
+                    {(3,): precision},
+                )
+                done = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+                assert ("cvt.rna.tf32" in done.asm["ptx"]) == (precision == "tf32"), precision
+    """
+    file = tmp_path / "product.py"  # Triton reads a kernel's source from its file
+    file.write_text(textwrap.dedent(script))
+    done = _run(str(file))
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,6 +351,50 @@ def test_a_device_that_is_lost_ends_the_measurements_but_not_the_report(gpu):
     assert "illegal memory access" in result["skipped"][-1]["why"]
 
 
+def test_one_way_that_fails_costs_no_other(gpu):
+    def measure(part, shape, machine):
+        row = gpu.measure(part, shape, machine)
+        if part == "count_nll":
+            row["times"] = {
+                "stock eager, tf32": {"both": 2.0},
+                "ours, tf32": {"both": 1.0},
+                "ours, CSR, tf32": {"failed": "RuntimeError: Message length"},
+            }
+            row |= {"needed bytes": 1.0, "needed flops": 1.0, "gradient bytes": 0.0}
+        return row
+
+    result = gpu(measure)
+    assert result["failed"] == [
+        f"count_nll at {name}: ours, CSR, tf32"
+        for name in ("tutorial", "hlca", "peaks", "montecarlo")
+    ]
+    assert sum("both" in row["times"].get("ours, tf32", {}) for row in result["rows"]) == 4
+
+
+def test_a_way_that_raises_is_noted(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    gpu = importlib.import_module("bench.gpu")
+
+    def fails():
+        raise RuntimeError("Message length must be smaller than 255\nand more")
+
+    row = {"times": {}, "errors": {}, "wrong": []}
+    case = SimpleNamespace(both=lambda run: run(), ours={"ours": fails})
+    gpu._try(gpu.machine("cpu"), row, [case], "ours", "tf32", ([], {}, 1))
+    failed = {"failed": "RuntimeError: Message length must be smaller than 255"}
+    assert row == {"times": {"ours, tf32": failed}, "errors": {}, "wrong": []}
+
+
+def test_results_of_a_day_do_not_replace_each_other(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    gpu = importlib.import_module("bench.gpu")
+    names = []
+    for _ in range(3):
+        names.append(gpu._new_file(tmp_path, "h200"))
+        names[-1].write_text("{}")
+    assert [file.name for file in names] == ["h200.json", "h200-2.json", "h200-3.json"]
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_what_failed_is_told(tmp_path, monkeypatch, late):
     """Also where the time ends before the tests do."""
@@ -363,7 +408,8 @@ def test_what_failed_is_told(tmp_path, monkeypatch, late):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     until = time.perf_counter() + (4 if late else 60)
     ((verdict, lines),) = gpu._pytest(command, {"it": [str(tmp_path)]}, until).values()
-    assert verdict.startswith("not finished in time: 1 failed" if late else "failed: 1 failed")
+    expected = "not finished in time: failed: 1 failed" if late else "failed: 1 failed"
+    assert verdict.startswith(expected)
     assert any("assert 'this' == 'seen'" in line for line in lines)
 
 

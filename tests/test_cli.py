@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import warnings
 
 import numpy as np
 import pytest
@@ -197,12 +198,50 @@ def almost_all_empty(adata):
         (log_normalised, "layers['counts'] looks like raw counts: add --layer counts"),
         (all_empty, "all its values are zero"),
         (almost_all_empty, "X has 30 cells with counts"),
+        (lambda adata: setattr(adata, "X", None), "no X; it has: no matrix at all\n"),
     ],
 )
 def test_bad_counts(capsys, folder, atlas, change, message):
     change(atlas)
     atlas.write_h5ad("counts.h5ad")
     fails(capsys, folder, message, "train", "counts.h5ad", "--out", "run")
+
+
+def test_bad_values_that_need_not_be_counts(capsys, folder, atlas):
+    negative(atlas)
+    atlas.write_h5ad("counts.h5ad")
+    train = ("train", "counts.h5ad", "--out", "run", "--likelihood", "normal")
+    fails(capsys, folder, "the smallest is -1. Expected finite numbers of 0 and above", *train)
+
+
+def test_nothing_to_train_on(capsys, folder, atlas):
+    for part in (atlas[:0], atlas[:, :0]):
+        part.copy().write_h5ad("counts.h5ad")
+        fails(capsys, folder, "expected at least 50 cells", "train", "counts.h5ad", "--out", "run")
+
+
+def test_notes(capsys, folder, atlas):
+    """What can be trained on, and is seldom meant."""
+    atlas.obs_names = [f"ENSG{i:011}" for i in range(atlas.n_obs)]
+    atlas.write_h5ad("counts.h5ad")
+    train = ("train", "counts.h5ad", "--out", "run", "--max-epochs", 1)
+    status, printed, _ = run(capsys, *train, "--labels-key", "cell_type", "--threads", 1)
+    assert status == 0
+    assert "if the matrix is transposed, save adata.T" in printed
+    assert "SCVI takes labels for --dispersion gene-label alone" in printed
+    assert "1 epoch in" in printed and "(1 thread)" in printed
+
+
+def test_early_stopping(capsys, folder, atlas, monkeypatch):
+    atlas.write_h5ad("counts.h5ad")
+    train = ("train", "counts.h5ad", "--out", "run")
+
+    def trained(self, *args, **options):
+        raise cli.InputError(f"early_stopping={options['early_stopping']}")
+
+    monkeypatch.setattr("decoder_fast.scvi.training.FusedTrain.__call__", trained)
+    fails(capsys, folder, "early_stopping=True", *train, "--early-stopping")
+    fails(capsys, folder, "early_stopping=False", *train)
 
 
 def test_bad_arguments(capsys, folder, atlas):
@@ -221,7 +260,7 @@ def test_bad_arguments(capsys, folder, atlas):
         ("0 is less than 1", *train, "--max-epochs", 0),
         ("1 is less than 2", *train, "--batch-size", 1),
         ("invalid choice: 'gamma'", *train, "--likelihood", "gamma"),
-        ("unrecognized arguments: --unknown", *train, "--unknown"),
+        ("unrecognized arguments: --unknown (see decoder-fast train --help)", *train, "--unknown"),
         ("decoder-fast --help", "fly"),
     ]:
         fails(capsys, folder, message, *arguments)
@@ -261,7 +300,7 @@ def test_missing_packages(capsys, folder, monkeypatch):
     monkeypatch.setattr(
         cli.importlib.util, "find_spec", lambda name: None if name == "scvi" else find(name)
     )
-    message = "needs scvi, which is not installed: pip install 'decoder-fast[scvi]'"
+    message = "needs scvi, which is not installed: pip install scvi-tools"
     fails(capsys, folder, message, "train", "counts.h5ad", "--out", "run")
 
 
@@ -456,7 +495,7 @@ def test_doctor_says_what_is_missing(capsys, monkeypatch):
     status, printed, _ = run(capsys, "doctor")
     assert status == 0
     assert "scvi-tools      not installed" in printed
-    assert "pip install 'decoder-fast[scvi]'" in printed
+    assert "pip install scvi-tools anndata scanpy matplotlib" in printed
     assert "no compiler: install g++" in printed
     assert "none: " in printed
 
@@ -469,3 +508,13 @@ def test_output_folder_of_a_program(tmp_path):
     assert (tmp_path / "a" / "b" / "file").read_text() == "x"
     with pytest.raises(InputError), training.output_folder(tmp_path / "a" / "b"):
         raise AssertionError("not reached")
+
+
+def test_lightnings_advice_is_kept_off_the_screen_but_not_ours():
+    from_lightning = {"filename": "call.py", "lineno": 1, "module": "lightning.pytorch.trainer"}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        with training.quiet():
+            warnings.warn_explicit("use more workers", UserWarning, **from_lightning)
+            warnings.warn_explicit("cuda_graph=True has no effect", UserWarning, **from_lightning)
+    assert [str(w.message) for w in seen] == ["cuda_graph=True has no effect"]

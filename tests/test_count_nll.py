@@ -6,6 +6,7 @@ import itertools
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import reference64
 import torch
@@ -1042,6 +1043,9 @@ BAD = {
     "x shape": (dict(x=torch.ones(4, 5)), ValueError, ["x has", "(4, 5)", "(4, 6)"]),
     "x 3-D": (dict(x=torch.ones(1, 4, 6)), ValueError, ["x has", "(1, 4, 6)", "(4, 6)"]),
     "x cells": (dict(x=torch.ones(3, 6).to_sparse_csr()), ValueError, ["x has", "(3, 6)"]),
+    "x numpy": (dict(x=np.ones((4, 6))), TypeError, ["x is a numpy.ndarray", "as_tensor(x)"]),
+    "library number": (dict(library=3.0), TypeError, ["library is a builtins.float", "Tensor"]),
+    "px_r numpy": (dict(px_r=np.zeros(6)), TypeError, ["px_r is a numpy.ndarray"]),
     "x boolean": (dict(x=torch.ones(4, 6).bool()), TypeError, ["x has", "bool", "real"]),
     "x complex": (dict(x=torch.ones(4, 6) + 0j), TypeError, ["x has", "complex64", "real"]),
     "x coo": (dict(x=torch.ones(4, 6).to_sparse()), TypeError, ["x has", "sparse_coo", "csr"]),
@@ -1182,6 +1186,11 @@ BAD = {
         ["px_r_index", "label -1", "3 categories"],
     ),
     "likelihood": (dict(likelihood="gamma"), ValueError, ["'gamma'", "'nb'", "'poisson'"]),
+    "likelihood tensor": (
+        dict(likelihood=torch.ones(4, 6)),
+        TypeError,
+        ["likelihood is a Tensor, expected one of 'nb'"],
+    ),
     "activation": (
         dict(scale_activation="exp"),
         ValueError,
@@ -1207,6 +1216,22 @@ def test_bad_input(change, kind, parts, backend):
         count_nll(**(arguments | change))
     for part in parts:
         assert part in str(raised.value)
+
+
+def test_messages_that_a_gpu_takes(monkeypatch):
+    """CUDA raises at every assertion whose message has 255 characters or more, true or not."""
+    from decoder_fast.reference import counts
+
+    messages = []
+    monkeypatch.setattr(torch, "_assert_async", lambda condition, said: messages.append(said))
+    on_device = torch.ones((), dtype=torch.bool, device="meta")
+    for message in (
+        *(counts._bad_indices(10**8, 10**6), counts.BAD_COUNT, counts.INFINITE_COUNT),
+        "x" * 300,
+    ):
+        counts._require(on_device, message)
+    *ours, long = map(len, messages)
+    assert max(ours) < 250 and long == 254
 
 
 def test_backend_that_cannot_run(missing_backend):

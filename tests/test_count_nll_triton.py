@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from decoder_fast.functional import count_nll
 
 OPERATION = "count_nll"
-N, G, H = 41, 199, 37  # tiles have at most 32 rows and 64 genes, products steps of 32
+N, G, H = 35, 140, 37  # tiles have at most 32 rows and 64 genes, products steps of 32
 ROUTES = ["fused", "chunked"]
 #: On the chunked route kernels of their own take CSR counts' non-zeros.
 layouts = pytest.mark.parametrize("layout", ["dense", "csr"])
@@ -170,8 +170,8 @@ def check(x, parameters, device, *, layout="dense", floor=1e-6, upstream=None, *
 @pytest.mark.parametrize("scale_activation", ["softmax", "softplus"])
 def test_accuracy(likelihood, by, scale_activation, route, layout, take, triton_device):
     take(route)
-    # kernels of the non-zeros have a program for each row; the others' tiles have 8 rows there
-    n = 19 if (route, layout) == ("chunked", "csr") else N
+    # a tile has 8 rows there, and kernels of the non-zeros have a program for each row
+    n = 19 if route == "chunked" else N
     x, parameters = problem(likelihood, by, n=n)
     check(
         x,
@@ -188,7 +188,7 @@ def test_accuracy(likelihood, by, scale_activation, route, layout, take, triton_
 @pytest.mark.parametrize(("likelihood", "by"), EVERY)
 def test_monte_carlo_samples_without_biases(likelihood, by, route, layout, take, triton_device):
     take("fused" if route == "either" and offered(by, "fused") else "chunked")
-    x, parameters = problem(likelihood, by, n=19, n_samples=3, bias=False)
+    x, parameters = problem(likelihood, by, n=11, n_genes=70, n_samples=3, bias=False)
     check(x, parameters, triton_device, likelihood=likelihood, layout=layout)
 
 
@@ -309,7 +309,7 @@ def test_extreme_libraries(likelihood, by, library, route, layout, take, triton_
 def test_cell_without_counts(likelihood, by, route, layout, take, triton_device):
     """Whose library size is the logarithm of nothing."""
     take(route)
-    x, parameters = problem(likelihood, by, n=37)
+    x, parameters = problem(likelihood, by, n=33 if route == "fused" else 11, n_genes=70)
     x[:2] = 0
     parameters["library"][:2] = -torch.inf
     check(x, parameters, triton_device, likelihood=likelihood, layout=layout)
@@ -454,22 +454,18 @@ def test_extreme_elements(likelihood, theta, layout, kernels, triton_device):
 
 @layouts
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize(
-    "wanted",
-    [{"hidden"}, {"library"}, {"scale_bias"}, {"dropout_weight"}, {"px_r"}, {"scale_weight"}],
-    ids=lambda names: "".join(names),
-)
-def test_subsets_of_gradients(wanted, route, layout, take, triton_device):
+def test_subsets_of_gradients(route, layout, take, triton_device):
     take(route)
-    x, parameters = problem("zinb", "gene", n=35, n_genes=70)
+    # one row more than a tile has
+    x, parameters = problem("zinb", "gene", n=33 if route == "fused" else 9, n_genes=70)
     x = laid_out(x, layout)
     options = {"likelihood": "zinb", "device": triton_device, "backend": "triton"}
     every = evaluate(count_nll, x, parameters, torch.float32, **options)
-    some = evaluate(count_nll, x, parameters, torch.float32, wanted=wanted, **options)
-    assert some.keys() == {"nll", *wanted}
-    for name in wanted:
+    for name in ("hidden", "library", "scale_bias", "dropout_weight", "px_r", "scale_weight"):
+        some = evaluate(count_nll, x, parameters, torch.float32, wanted={name}, **options)
+        assert some.keys() == {"nll", name}
         if triton_device.type == "cpu":
-            assert torch.equal(some[name], every[name])
+            assert torch.equal(some[name], every[name]), name
         else:  # each subset is a kernel of its own, whose compiler may fuse other multiply-adds
             floor = 1e-6 * every[name].abs().max().item()
             torch.testing.assert_close(some[name], every[name], rtol=1e-6, atol=floor)
@@ -479,18 +475,19 @@ def test_subsets_of_gradients(wanted, route, layout, take, triton_device):
 @pytest.mark.parametrize("route", ROUTES)
 def test_upstream_gradients(route, layout, take, triton_device):
     take(route)
-    x, parameters = problem("nb", "gene", n=35, n_genes=70)
+    n = 33 if route == "fused" else 18
+    x, parameters = problem("nb", "gene", n=n, n_genes=70)
     options = {"likelihood": "nb", "layout": layout}
-    upstream = torch.linspace(-1, 1, 35)
+    upstream = torch.linspace(-1, 1, n)
     upstream[3:9] = 0
-    for given_gradient in (upstream, torch.tensor(1 / 35).expand(35)):
+    for given_gradient in (upstream, torch.tensor(1 / n).expand(n)):
         check(x, parameters, triton_device, upstream=given_gradient, **options)
     got = evaluate(
         count_nll,
         laid_out(x, layout),
         parameters,
         torch.float32,
-        torch.zeros(35),
+        torch.zeros(n),
         device=triton_device,
         likelihood="nb",
         backend="triton",
@@ -519,7 +516,7 @@ def test_dtypes_of_counts(dtype, layout, take, triton_device):
 def test_fractions(likelihood, layout, take, triton_device):
     take("chunked")
     by = "none" if likelihood == "poisson" else "gene"
-    x, parameters = problem(likelihood, by, fractions=True)
+    x, parameters = problem(likelihood, by, n=11, n_genes=70, fractions=True)
     check(x, parameters, triton_device, likelihood=likelihood, layout=layout)
 
 
@@ -782,6 +779,7 @@ def test_fuzz(triton_device, n, n_genes, n_hidden, case, layout, route, seed):
     x, parameters = problem(
         likelihood, by, n=n, n_genes=n_genes, n_hidden=n_hidden, seed=seed, theta=3.0
     )
+    x[0, 0] += 200  # with next to no counts gradients are nothing but what means of 150 leave
     with pytest.MonkeyPatch.context() as patch:
         fused = route == "fused" and offered(by, route)
         patch.setattr(kernels, "is_fused", lambda inputs: fused)

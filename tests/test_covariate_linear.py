@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import instruction_sets
+import numpy as np
 import pytest
 import reference64
 import torch
@@ -901,6 +902,13 @@ BAD = {
         dict(batch_norm_bias=torch.ones(7).int()),
         TypeError,
         ["batch_norm_bias", "int32"],
+    ),
+    "numpy": (dict(x=np.ones((4, 5))), TypeError, ["x is a numpy.ndarray", "as_tensor(x)"]),
+    "numpy bias": (dict(bias=np.ones(7)), TypeError, ["bias is a numpy.ndarray"]),
+    "numpy labels": (
+        dict(categories=[np.zeros(4, int), torch.eye(3)[[0, 1, 2, 0]]]),
+        TypeError,
+        ["category 0 is a numpy.ndarray"],
     ),
     "running mean": (dict(running_mean=torch.ones(8)), ValueError, ["running_mean", "(8,)"]),
     "running var": (dict(running_var=torch.ones(8)), ValueError, ["running_var", "(8,)"]),

@@ -215,6 +215,9 @@ def test_bad_input():
     x, weight, bias, _ = problem(9, 30, 5)
     with pytest.raises(TypeError, match=r"expected torch\.sparse_csr"):
         csr_linear(x.to_dense(), weight)
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy comes with scvi-tools")
+    with pytest.raises(TypeError, match=r"x is a scipy.sparse.*sparse_csr_tensor of x.tocsr\(\)"):
+        csr_linear(sparse.csr_matrix(x.to_dense().numpy()), weight)
     with pytest.raises(ValueError, match=r"weight has shape \(5, 29\)"):
         csr_linear(x, weight[:, 1:])
     with pytest.raises(ValueError, match="one number a hidden unit"):

@@ -385,7 +385,7 @@ def on_meta(monkeypatch):
             kernels, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__)
         )
     # On a GPU an assertion that nothing waits for; on meta tensors it would be a question.
-    monkeypatch.setattr("decoder_fast.lazy.check_labels", lambda *_: None)
+    monkeypatch.setattr("decoder_fast.scvi.lazy.check_labels", lambda *_: None)
     for operation in ("covariate_linear", "count_nll"):
         monkeypatch.setattr(f"decoder_fast.ops.{operation}.check_labels", lambda *_: None)
         monkeypatch.setattr(

@@ -335,13 +335,13 @@ def test_all_zero(atlas):
 
 
 def test_too_few(atlas):
-    with pytest.raises(InputError, match="20 cells with counts and 60 genes; expected at least 50"):
+    with pytest.raises(InputError, match="20 cells and 60 genes; expected at least 50"):
         check_counts(atlas[:20].copy(), say=ignore)
     with pytest.raises(InputError, match="expected at least"):
         check_counts(atlas[:, :5].copy(), say=ignore)
 
 
-@pytest.mark.parametrize("place", ["layer", "raw", "X", "nowhere"])
+@pytest.mark.parametrize("place", ["layer", "odd layer", "raw", "X", "nowhere"])
 def test_error_says_where_the_counts_are(atlas, tmp_path, place):
     """Log-normalised values in one place and counts in another, in a file and in memory."""
     counts, layer = atlas.copy(), None
@@ -349,6 +349,9 @@ def test_error_says_where_the_counts_are(atlas, tmp_path, place):
     if place == "layer":
         atlas.layers["umi"] = counts.X
         expected = "layers['umi'] looks like raw counts: add --layer umi"
+    elif place == "odd layer":
+        atlas.layers["it's [raw]"] = counts.X
+        expected = """add --layer 'it'"'"'s [raw]'"""
     elif place == "raw":
         atlas.raw = counts
         expected = "raw.X looks like raw counts: write adata.raw.to_adata()"

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from decoder_fast import fuse, unfuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
-from decoder_fast.lazy import LazyExpanded, LazyTensor, real, rows, samples  # noqa: E402
 from decoder_fast.ops.softmax_library import log_sum_exp  # noqa: E402
 from decoder_fast.reference import softmax_library as reference  # noqa: E402
 from decoder_fast.scvi import differential, inference  # noqa: E402
 from decoder_fast.scvi.decoder import Decoded, joined  # noqa: E402
+from decoder_fast.scvi.lazy import LazyExpanded, LazyTensor, real, rows, samples  # noqa: E402
 
 SCVI = scvi.model.SCVI
 N, G = 110, 70
@@ -502,6 +502,37 @@ def test_importance_weights_in_differential_expression(atlas, blocks):
     )
     for name in ("scale1", "scale2", "lfc_mean"):
         assert_same(stock[name].to_numpy(), ours[name].to_numpy(), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        (inference, "_batch_codes"),
+        (inference, "_DistributionConcatenator"),
+        (differential, "_estimate_pseudocounts"),
+        (differential, "_estimate_delta"),
+        (differential, "DifferentialComputation"),
+    ],
+    ids=lambda gone: gone[1],
+)
+def test_what_scvi_tools_keeps_for_itself_may_go(atlas, monkeypatch, gone):
+    """Then it answers by itself."""
+    monkeypatch.setattr(*gone, None)
+    model = make(atlas)
+    weighted = {"weights": "importance", "importance_weighting_kwargs": {"n_mc_samples": 50}}
+    for options in ({"delta": None}, weighted):
+        options |= {"groupby": "cell_type", "mode": "change", "silent": True}
+        stock, ours = (
+            table.rename_axis("gene").reset_index().sort_values(["gene", "comparison"])
+            for table in both(model, lambda m: m.differential_expression(**options))  # noqa: B023
+        )
+        assert_same(stock["scale1"].to_numpy(), ours["scale1"].to_numpy(), 1e-4)
+
+
+def test_private_parts_of_scvi_tools():
+    assert inference.private("model._utils", "_get_batch_code_from_category") is not None
+    assert inference.private("model._utils", "nothing") is None
+    assert inference.private("model.nothing", "nothing") is None
 
 
 @pytest.mark.parametrize("kind", ["SCANVI", "AUTOZI"])

@@ -11,8 +11,8 @@ pytest.importorskip("scvi", reason="the bridge's lazy tensors stand in scvi-tool
 import scvi.nn
 
 from decoder_fast import fuse
-from decoder_fast.lazy import LazyCounts, LazyOneHots, LazyRows, LazyTensor
 from decoder_fast.scvi.decoder import LazyOutput, lazy_outputs
+from decoder_fast.scvi.lazy import LazyColumns, LazyCounts, LazyOneHots, LazyRows, LazyTensor
 
 N, G = 11, 13
 
@@ -46,7 +46,12 @@ OPERATIONS = {
     "in a list": lambda t: torch.stack([t, t]),
     "in a keyword": lambda t: torch.add(input=torch.ones(N, G), other=t),
     "comparison": lambda t: t > t.mean(),
-    "not negative": lambda t: (t.exp() >= 0).all(),
+    "not negative": lambda t: (t >= 0).all(),
+    "not negative, how many": lambda t: (t >= 0).sum(0),
+    "not negative, by gene": lambda t: (t >= torch.zeros(G)).sum(0),
+    "not less": lambda t: (t >= 0.1) + 0,
+    "numbers": lambda t: (t == t).all(),
+    "numbers, how many": lambda t: (t == t).sum(0),
     "detached": lambda t: t.detach().cpu(),
     "numpy": lambda t: torch.as_tensor(t.detach().numpy()),
     "of a class": lambda t: torch.distributions.Normal(t, 1.0).log_prob(torch.ones(N, G)),
@@ -81,6 +86,20 @@ def test_values_are_computed_once(outputs):
         torch.testing.assert_close(outputs[0][2] + 0, outputs[1][2])  # px_rate is another tensor
 
 
+def test_distributions_check_rates_without_computing_them(outputs):
+    rate = outputs[0][2]
+    torch.distributions.Poisson(rate, validate_args=True)
+    assert rate._value is None
+
+
+def test_not_a_number_is_seen_outside_of_checks(outputs):
+    rate = outputs[0][2]
+    rate.decoded.hidden = rate.decoded.hidden.detach().clone()
+    rate.decoded.hidden[0] = torch.nan
+    assert (rate >= 0).sum() == (N - 1) * G
+    assert (rate == rate).sum() == (N - 1) * G
+
+
 @pytest.mark.parametrize("dim", [0, -2])
 def test_split_along_cells_stays_lazy(outputs, dim):
     for lazy, real in zip(*outputs, strict=True):
@@ -90,6 +109,30 @@ def test_split_along_cells_stays_lazy(outputs, dim):
             assert part.shape == expected.shape
             torch.testing.assert_close(part.decoded.hidden.shape[0], expected.shape[0])
             torch.testing.assert_close(part + 0, expected)
+
+
+@pytest.mark.parametrize("sizes", [[4, 6], [4, 8], [13, -2]])
+def test_split_that_does_not_add_up(outputs, sizes):
+    for lazy in outputs[0]:
+        with pytest.raises(RuntimeError):
+            torch.split(lazy, sizes, -2)
+
+
+def test_changes_in_place_are_seen_beside_other_lazy_tensors(counts, outputs):
+    columns = torch.cat([counts[0], torch.ones(N, 1)], -1)
+    assert isinstance(columns, LazyColumns)
+    columns.add_(7)
+    with LazyOneHots():
+        encoded = one_hot(torch.arange(N), N)
+        joined = torch.cat([columns, encoded], -1)
+    torch.testing.assert_close(joined[:, :G] + 0, counts[1] + 7)
+
+    px_r, rate = outputs[0][1:3]
+    theta = torch.exp(px_r)
+    with torch.no_grad():
+        theta.clamp_(max=0.5)
+    _, expanded = torch.broadcast_tensors(rate, theta)
+    assert (expanded <= 0.5).all()
 
 
 def test_lookups_in_the_place_of_one_hot_products():

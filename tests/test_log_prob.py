@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 
+import numpy as np
 import pytest
 import reference64
 import torch
@@ -331,6 +332,8 @@ def nan_at(t, value=float("nan")):
 
 BAD = {
     "integer mu": (dict(mu=torch.ones(3, 4).int()), TypeError, ["mu", "int32", "floating"]),
+    "numpy": (dict(x=np.ones((3, 4))), TypeError, ["x is a numpy.ndarray", "as_tensor(x)"]),
+    "number": (dict(theta=1.0), TypeError, ["theta is a builtins.float"]),
     "integer theta": (dict(theta=torch.ones(4).long()), TypeError, ["theta", "int64"]),
     "integer logits": (dict(zi_logits=torch.ones(4).long()), TypeError, ["zi_logits", "int64"]),
     "complex mu": (dict(mu=torch.ones(3, 4) + 0j), TypeError, ["mu", "complex64"]),

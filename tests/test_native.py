@@ -84,12 +84,27 @@ def assert_unavailable(*parts: str) -> None:
         with pytest.raises(RuntimeError) as caught:
             function()
         assert str(caught.value) == reason
-    assert backends.availability()["cpp"] == reason
     cpu = torch.device("cpu")
     assert backends.choose("count_nll", device=cpu).reasons["cpp"] == reason
     with pytest.raises(RuntimeError) as caught:
         backends.choose("count_nll", "cpp", device=cpu)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "old"),
+    [((7, 5), None, True), ((8, 0), None, False), ((12, 0), None, False), ((7, 0), "6.4", False)],
+)
+def test_gpus_that_are_too_old(monkeypatch, capability, hip, old):
+    monkeypatch.setattr(backends, "_missing_triton", lambda: None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    backends._choose.cache_clear()
+    choice = backends.choose("count_nll", device=torch.device("cuda"))
+    backends._choose.cache_clear()
+    assert (choice.backend == "torch") == old
+    assert ("capability 8.0 or later (Ampere, 2020), and Tesla T4 has 7.5" in str(choice)) == old
 
 
 @needs_compiler

@@ -559,13 +559,33 @@ def test_explain():
     assert [choice.operation for _, choice in explanation] == [
         *("covariate_linear", "softmax_library", "count_nll")
     ]
-    text = str(explanation)
+    text = repr(explanation)  # a notebook's last line
     assert "reconstruction_loss, nb" in text and "not triton" in text and "on 'cpu'" in text
     eager = DecoderSCVI(L, G, use_fused=False).explain(z)
     assert all(choice.backend == "eager" for _, choice in eager)
     assert "use_fused=False" in str(eager)
     with pytest.raises(ValueError, match="likelihood"):
         ours.explain(z, likelihood="gamma")
+
+
+@pytest.mark.parametrize("use_fused", [True, False])
+def test_what_is_not_a_latent_representation(use_fused):
+    """The error speaks of what the user gave."""
+    decoder = DecoderSCVI(L, G, n_cat_list=[3], use_fused=use_fused)
+    z, library, cats = torch.zeros(5, L + 1), torch.zeros(5, 1), torch.zeros(5, 1).long()
+    words = rf"z has shape \(5, {L + 1}\), expected \(cells, {L}\) or \(samples, cells, {L}\)"
+    with pytest.raises(ValueError, match=words):
+        decoder("gene", z, library, cats)
+    with pytest.raises(ValueError, match=words):
+        decoder.reconstruction_loss(torch.ones(5, G), z, library, cats, px_r=torch.zeros(G))
+    with pytest.raises(ValueError, match=words):
+        decoder.explain(z)
+    with pytest.raises(TypeError, match=r"z is a numpy\.ndarray"):
+        decoder("gene", z.numpy(), library, cats)
+    with pytest.raises(TypeError, match="dispersion is a Tensor, expected one of 'gene'"):
+        decoder(z, library, cats)
+    with pytest.raises(ValueError, match=rf"x has shape \(5, {L + 1}\)"):
+        decoder.px_decoder(z, cats)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 import decoder_fast.nn as fast_nn  # noqa: E402
 from decoder_fast import fuse, fused, unfuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
-from decoder_fast.lazy import LazyCounts  # noqa: E402
 from decoder_fast.scvi import FusedDecoderSCVI, FusedFCLayers  # noqa: E402
+from decoder_fast.scvi.lazy import LazyCounts  # noqa: E402
 
 SCVI = scvi.model.SCVI
 TRAIN = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False}
@@ -595,8 +595,9 @@ def test_unfused_models_train_as_stock(atlas, layouts, shown):
     model = scvi_model(atlas)
     before = dict(vars(model))
     fuse(model)
-    assert inspect.signature(model.train) == inspect.signature(scvi_model(atlas).train)
-    assert model.train.__doc__ == SCVI.train.__doc__
+    stock, ours = (inspect.signature(m.train).parameters for m in (scvi_model(atlas), model))
+    assert [name for name in ours if name != "cuda_graph"] == list(stock)
+    assert model.train.__doc__.startswith(inspect.getdoc(SCVI.train))
     unfuse(model)
     assert vars(model) == before
     model.train(**TRAIN, load_sparse_tensor=True)
@@ -1033,6 +1034,24 @@ def test_a_subclass_with_its_own_forward_stays_as_it_is(atlas):
         fuse(model)
 
 
+def test_help_on_train(atlas):
+    model = fuse(scvi_model(atlas))
+    parameters = inspect.signature(model.train).parameters
+    assert parameters["cuda_graph"].default is False
+    assert parameters["load_sparse_tensor"].default is True
+    assert "max_epochs" in parameters and list(parameters)[-1] == "trainer_kwargs"
+    for name in ("max_epochs", "load_sparse_tensor", "cuda_graph"):
+        assert name in inspect.getdoc(model.train)
+    assert repr(model.train).startswith("<fused <bound method")
+    assert "cuda_graph" not in inspect.signature(unfuse(model).train).parameters
+
+
+def test_completion_offers_the_bridge():
+    import decoder_fast
+
+    assert set(decoder_fast.__all__) <= set(dir(decoder_fast))
+
+
 def test_negative_counts_are_refused_in_training(atlas):
     adata = atlas.copy()
     adata.X = adata.X.astype(np.float32)
@@ -1060,7 +1079,7 @@ def test_bridge_without_scvi_tools():
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
     )
-    assert "pip install 'decoder-fast[scvi]'" in done.stdout
+    assert "pip install scvi-tools" in done.stdout
     assert "nonsense" in done.stdout
 
 

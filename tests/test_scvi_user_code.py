@@ -18,7 +18,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 from decoder_fast import fuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
-from decoder_fast.lazy import LazyCounts, LazyOneHots, LazyTensor  # noqa: E402
+from decoder_fast.scvi.lazy import LazyCounts, LazyOneHots, LazyTensor  # noqa: E402
 
 SCVI = scvi.model.SCVI
 N, G = 90, 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import instruction_sets
+import numpy as np
 import pytest
 import reference64
 import torch
@@ -559,6 +560,8 @@ BAD = {
         ValueError,
         ["bias", "(4,)", "(7,)"],
     ),
+    "numpy": (dict(logits=np.ones((3, 4))), TypeError, ["logits is a numpy.ndarray", "as_tensor"]),
+    "number": (dict(library=3.0), TypeError, ["library is a builtins.float"]),
     "bias alone": (dict(bias=torch.ones(4)), ValueError, ["bias", "(4,)", "without weight"]),
     "integer weight": (dict(weight=torch.ones(7, 4).int()), TypeError, ["weight", "int32"]),
     "integer bias": (

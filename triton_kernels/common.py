@@ -17,6 +17,9 @@ from torch import Tensor
 #: How ``dot`` multiplies, by ``torch.get_float32_matmul_precision()``; sums are always float32.
 _PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 
+#: The interpreter knows no assembly, and multiplies float32 tiles as they are.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 def product_precision() -> str:
     """Return the ``PRECISION`` of :func:`dot` that torch's setting asks for."""
@@ -54,12 +57,34 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """``accumulator + a @ b`` of float32 tiles, multiplied as ``PRECISION`` says."""
+def operand(v, PRECISION: tl.constexpr):
+    """Round float32 as a factor of a product in ``PRECISION``, to the nearest.
+
+    As cuBLAS does: left to themselves, tensor cores drop the bits that tf32 lacks.
+    """
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator)
+        return v.to(tl.bfloat16)
+    elif PRECISION == "tf32" and not _INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return v
+
+
+@triton.jit
+def dot_of_operands(a, b, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + a @ b`` of what :func:`operand` returned."""
+    if PRECISION == "bf16":
+        return tl.dot(a, b, accumulator)
     else:
         return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """``accumulator + a @ b`` of float32 tiles, multiplied as ``PRECISION`` says."""
+    return dot_of_operands(operand(a, PRECISION), operand(b, PRECISION), accumulator, PRECISION)
 
 
 @triton.jit

@@ -798,7 +798,7 @@ def forward(
     n_hidden, n_groups, group_rows = problem.n_hidden, problem.n_groups, problem.group_rows
     x = inputs.x.contiguous()
     out = x.new_empty(problem.n_samples, problem.n_cells, n_hidden)
-    keeps = inputs.has_norm or inputs.activation not in ("identity", "relu")
+    keeps = inputs.keeps_linear
     v = torch.empty_like(out) if keeps else x.new_empty(0)
     shape = (n_groups, n_hidden) if inputs.use_batch_norm else (0,)
     mean, invstd = x.new_empty(shape), x.new_empty(shape)

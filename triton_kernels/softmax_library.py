@@ -23,7 +23,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, dot, exp, expm1, launch, next_power_of_2, product_precision, softplus
+from .common import (
+    cdiv,
+    dot_of_operands,
+    exp,
+    expm1,
+    launch,
+    next_power_of_2,
+    operand,
+    product_precision,
+    softplus,
+)
 
 #: Most genes of a row that one program holds in its registers.
 MAX_WHOLE = 16384
@@ -177,13 +187,22 @@ def _tiles(
 
 
 @triton.jit
-def _rows_of_hidden(hidden, n_rows, n_hidden, ROWS: tl.constexpr, HIDDEN: tl.constexpr):
+def _rows_of_hidden(
+    hidden,
+    n_rows,
+    n_hidden,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """Return some rows, which of them exist, and their hidden units as operands."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < n_rows
     units = tl.arange(0, HIDDEN)
     inside = row_mask[:, None] & (units < n_hidden)[None, :]
     offsets = rows.to(tl.int64)[:, None] * n_hidden + units[None, :]
-    return rows, row_mask, tl.load(hidden + offsets, mask=inside, other=0.0)
+    hidden_tile = tl.load(hidden + offsets, mask=inside, other=0.0)
+    return rows, row_mask, operand(hidden_tile, PRECISION)
 
 
 @triton.jit
@@ -207,7 +226,7 @@ def _logits(
     first = tl.cast(start, tl.int64) * n_hidden
     weight_tile = tl.load(weight + first + offsets, mask=inside, other=0.0)
     zeros = tl.zeros((hidden_tile.shape[0], GENES), tl.float32)
-    a = dot(hidden_tile, weight_tile, zeros, PRECISION)
+    a = dot_of_operands(hidden_tile, operand(weight_tile, PRECISION), zeros, PRECISION)
     if bias is not None:
         a += tl.load(bias + start + genes, mask=gene_mask, other=0.0)[None, :]
     return a, gene_mask
@@ -230,7 +249,9 @@ def _head_statistics(
     GENES: tl.constexpr,
 ):
     """Maximum and sum of exponentials of some rows over one split of the genes."""
-    rows, row_mask, hidden_tile = _rows_of_hidden(hidden, n_rows, n_hidden, ROWS, HIDDEN)
+    rows, row_mask, hidden_tile = _rows_of_hidden(
+        hidden, n_rows, n_hidden, PRECISION, ROWS, HIDDEN
+    )
     maximum = tl.full((ROWS,), -3e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     first = tl.program_id(1) * genes_a_split
@@ -268,7 +289,9 @@ def _head(
     GENES: tl.constexpr,
 ):
     """Write some rows over one split of the genes, from the rows' statistics."""
-    rows, row_mask, hidden_tile = _rows_of_hidden(hidden, n_rows, n_hidden, ROWS, HIDDEN)
+    rows, row_mask, hidden_tile = _rows_of_hidden(
+        hidden, n_rows, n_hidden, PRECISION, ROWS, HIDDEN
+    )
     size = _library_size(library, rows, row_mask, library_stride)[:, None]
     if maximum is not None:
         maximum = tl.load(maximum + rows, mask=row_mask, other=0.0)[:, None]

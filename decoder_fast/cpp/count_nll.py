@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..reference import counts as messages
 from ..reference.count_nll import Inputs
-from ..reference.counts import BAD_COUNT, INFINITE_COUNT, Counts
+from ..reference.counts import Counts
+from ._common import ACTIVATIONS, BAD_COUNT, check_memory
 
-LIKELIHOODS = {"nb": 0, "zinb": 1, "poisson": 2}
-_ACTIVATIONS = {"softmax": 0, "softplus": 1}
+_LIKELIHOODS = {"nb": 0, "zinb": 1, "poisson": 2}
 _NUMBER_TYPES = {
     torch.float32: 0,
     torch.float64: 1,
@@ -27,7 +28,6 @@ _NUMBER_TYPES = {
     torch.int32: 6,
     torch.int64: 7,
 }
-_BAD_COUNT, _OUT_OF_MEMORY = 1, 2
 
 #: Inputs with a gradient of the same shape, which the kernel calls ``d_<name>``.
 _GRADIENTS = (
@@ -53,11 +53,11 @@ class _CountNLL(ctypes.Structure):
             (c_void_p, "hidden library scale_weight scale_bias dropout_weight dropout_bias"),
             (c_void_p, "r_weight r_bias px_r px_r_index dense"),
             (c_int64, "dense_stride"),
-            (c_void_p, "crow column values"),
+            (c_void_p, "crow col values"),
             (c_int32, "counts_type index_type"),
             (c_void_p, "upstream"),
             (c_double, "upstream_of_all"),
-            (c_void_p, "nll shift d_log_mu"),
+            (c_void_p, "nll shift usum"),
             (c_void_p, " ".join(f"d_{name}" for name in _GRADIENTS)),
             (c_double, "found"),
         )
@@ -101,8 +101,8 @@ def _run(
         n_genes=inputs.scale_weight.shape[0],
         n_hidden=n_hidden,
         n_px_r=1 if inputs.px_r_index is None else inputs.px_r.shape[1],  # type: ignore[union-attr]
-        likelihood=LIKELIHOODS[inputs.likelihood],
-        activation=_ACTIVATIONS[inputs.scale_activation],
+        likelihood=_LIKELIHOODS[inputs.likelihood],
+        activation=ACTIVATIONS[inputs.scale_activation],
         n_threads=torch.get_num_threads(),
         # What set_float32_matmul_precision("medium") sets; itself it may refuse to be asked.
         fast_products=torch.backends.mkldnn.matmul.fp32_precision == "bf16",  # type: ignore[attr-defined]
@@ -124,10 +124,10 @@ def _run(
         arguments.counts_type = _NUMBER_TYPES[dense.dtype]
     else:
         csr_values = _countable(counts.values)
-        crow, column = counts.crow, counts.col
-        if crow.dtype != column.dtype:
-            crow, column = crow.long(), column.long()
-        arguments.crow, arguments.column = pointer(crow), pointer(column)
+        crow, col = counts.crow, counts.col
+        if crow.dtype != col.dtype:
+            crow, col = crow.long(), col.long()
+        arguments.crow, arguments.col = pointer(crow), pointer(col)
         arguments.values = pointer(csr_values)
         arguments.counts_type = _NUMBER_TYPES[csr_values.dtype]
         arguments.index_type = _NUMBER_TYPES[crow.dtype]
@@ -137,17 +137,16 @@ def _run(
         setattr(arguments, f"d_{name}", tensor.data_ptr())
 
     status = _kernel()(arguments)
-    if status == _OUT_OF_MEMORY:
-        raise MemoryError("count_nll: no memory for the workspace of the native CPU kernel")
-    if status == _BAD_COUNT:
+    check_memory(status, "count_nll")
+    if status == BAD_COUNT:
         if arguments.found == math.inf:
-            raise ValueError(INFINITE_COUNT)
-        raise ValueError(f"{BAD_COUNT} (found {arguments.found:g})")
+            raise ValueError(messages.INFINITE_COUNT)
+        raise ValueError(f"{messages.BAD_COUNT} (found {arguments.found:g})")
 
 
 def _empty_values(inputs: Inputs) -> dict[str, Tensor]:
     empty, shape = inputs.hidden.new_empty, inputs.hidden.shape[:-1]
-    return {name: empty(shape) for name in ("nll", "shift", "d_log_mu")}
+    return {name: empty(shape) for name in ("nll", "shift", "usum")}
 
 
 def _empty_gradients(inputs: Inputs, wanted: frozenset[str]) -> dict[str, Tensor]:
@@ -163,7 +162,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what :func:`decoder_fast.reference.count_nll.forward` computes."""
     values = _empty_values(inputs)
     _run(inputs, 0.0, values, {})
-    return values["nll"], values["shift"], values["d_log_mu"]
+    return values["nll"], values["shift"], values["usum"]
 
 
 def forward_and_backward(
@@ -178,8 +177,8 @@ def forward_and_backward(
     gradients = _empty_gradients(inputs, wanted)
     _run(inputs, upstream, values, gradients)
     if "library" in wanted:
-        gradients["library"] = -upstream * values["d_log_mu"]
-    return (values["nll"], values["shift"], values["d_log_mu"]), gradients
+        gradients["library"] = -upstream * values["usum"]
+    return (values["nll"], values["shift"], values["usum"]), gradients
 
 
 def backward(

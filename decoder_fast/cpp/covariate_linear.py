@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..reference import covariate_linear as reference
 from ..reference.covariate_linear import ACTIVATIONS, Inputs
+from ._common import BAD_LABEL, check_memory
 
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _NO_BATCH_NORM, _BATCH_STATISTICS, _RUNNING_STATISTICS = 0, 1, 2
-_BAD_LABEL, _OUT_OF_MEMORY = 1, 2
 
 
 class LabelError(ValueError):
@@ -153,15 +152,9 @@ def _run(
             *map(_pointer, (*keep, *moved, *outputs, *gradients)),
         )
     )
-    if status == _OUT_OF_MEMORY:
-        raise MemoryError("covariate_linear: no memory for the workspace of the native CPU kernel")
-    if status == _BAD_LABEL:
+    check_memory(status, "covariate_linear")
+    if status == BAD_LABEL:
         raise LabelError
-
-
-def movable(running: tuple[Tensor, Tensor]) -> bool:
-    """Say whether the kernel can move these running statistics where they are."""
-    return all(t.dtype == torch.float32 and t.is_contiguous() for t in running)
 
 
 def forward(
@@ -169,30 +162,24 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute what :func:`decoder_fast.reference.covariate_linear.forward` computes.
 
-    Running statistics ``moved`` (:func:`movable`) take a step of ``momentum`` in place.
+    Running statistics ``moved``, contiguous float32, take a step of ``momentum`` in place.
 
     Raises
     ------
     LabelError
-        If a label is out of range; where there are no cells, labels are not looked at.
+        If a label is out of range.
     """
     n_samples, n_cells, _ = inputs.x.shape
     n_hidden = inputs.weight.shape[0]
-    if n_samples * n_cells * n_hidden == 0:
-        return reference.forward(inputs)
-    keeps = inputs.has_norm or inputs.activation not in ("identity", "relu")
     n_statistics = 0
     if inputs.use_batch_norm:
         n_statistics = n_samples if inputs.batch_statistics else 1
     out = inputs.x.new_empty((n_samples, n_cells, n_hidden))
-    v = torch.empty_like(out) if keeps else out.new_empty(0)
+    v = torch.empty_like(out) if inputs.keeps_linear else out.new_empty(0)
     shape = (n_statistics, n_hidden) if n_statistics else (0,)
     mean, invstd = out.new_empty(shape), out.new_empty(shape)
     outputs = (out, v, mean, invstd)
-    if moved is None:
-        _run(_kernels().forward, inputs, outputs)
-    else:
-        _run(_kernels().forward, inputs, outputs, moved=moved, momentum=momentum)
+    _run(_kernels().forward, inputs, outputs, moved=moved or (None, None), momentum=momentum)
     return out, v, mean, invstd
 
 
@@ -206,8 +193,6 @@ def backward(
     wanted: frozenset[str],
 ) -> dict[str, Tensor]:
     """Compute what :func:`decoder_fast.reference.covariate_linear.backward` computes."""
-    if grad.numel() == 0:
-        return reference.backward(inputs, grad, out, v, mean, invstd, wanted)
     grads = {
         name: torch.empty_like(inputs.named(name), memory_format=torch.contiguous_format)
         for name in wanted

@@ -29,11 +29,11 @@ def canonical_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         refuse, the matrix.
     """
     # Detached: torch.compile does not bear a view of a sparse tensor.
-    crow, column, values = x.crow_indices(), x.col_indices(), x.values().detach()
-    if crow.numel() != x.shape[0] + 1 or values.shape != column.shape:
+    crow, col, values = x.crow_indices(), x.col_indices(), x.values().detach()
+    if crow.numel() != x.shape[0] + 1 or values.shape != col.shape:
         return None
-    crow, column = crow.contiguous(), column.contiguous()
+    crow, col = crow.contiguous(), col.contiguous()
     form = _csr_form()(
-        crow.data_ptr(), column.data_ptr(), crow.element_size(), *x.shape, column.numel()
+        crow.data_ptr(), col.data_ptr(), crow.element_size(), *x.shape, col.numel()
     )
-    return None if form else (crow, column, values)
+    return None if form else (crow, col, values)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import native
 from ..reference import csr_linear as reference
+from ._common import check_memory
 
 
 class _CsrLinear(ctypes.Structure):
@@ -20,7 +21,7 @@ class _CsrLinear(ctypes.Structure):
     _fields_ = (
         [(name, c_int64) for name in ("n_rows", "n_columns", "n_out", "weight_stride")]
         + [(name, c_int32) for name in ("index_bytes", "n_threads")]
-        + [(name, c_void_p) for name in ("crow", "column", "values", "weight", "bias", "out")]
+        + [(name, c_void_p) for name in ("crow", "col", "values", "weight", "bias", "out")]
         + [(name, c_void_p) for name in ("grad_out", "d_weight")]
     )
 
@@ -40,7 +41,7 @@ def _run(
 ) -> None:
     crow = tensors["crow"]
     assert crow is not None
-    failed = kernel(
+    status = kernel(
         _CsrLinear(
             n_rows=crow.numel() - 1,
             n_columns=n_columns,
@@ -51,17 +52,16 @@ def _run(
             **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
         )
     )
-    if failed:
-        raise MemoryError("no memory for csr_linear's tiles: use fewer threads or smaller batches")
+    check_memory(status, "csr_linear")
 
 
 def forward(
-    crow: Tensor, column: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
+    crow: Tensor, col: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Compute what :func:`decoder_fast.reference.csr_linear.forward` computes."""
     shape = (crow.numel() - 1, weight.shape[0])
     if 0 in shape or weight.shape[1] == 0:
-        return reference.forward(crow, column, values, weight, bias)
+        return reference.forward(crow, col, values, weight, bias)
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         weight = weight.contiguous()
     out = weight.new_empty(shape)
@@ -71,7 +71,7 @@ def forward(
         weight.shape[0],
         weight.stride(0),
         crow=crow,
-        column=column,
+        col=col,
         values=values,
         weight=weight,
         bias=None if bias is None else bias.contiguous(),
@@ -81,18 +81,18 @@ def forward(
 
 
 def backward(
-    grad: Tensor, crow: Tensor, column: Tensor, values: Tensor, n_columns: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, n_columns: int
 ) -> Tensor:
     """Compute what :func:`decoder_fast.reference.csr_linear.backward` computes."""
     if grad.numel() == 0 or n_columns == 0:
-        return reference.backward(grad, crow, column, values, n_columns)
+        return reference.backward(grad, crow, col, values, n_columns)
     d_weight = grad.new_empty(grad.shape[1], n_columns)
     _run(
         _kernels()[1],
         n_columns,
         grad.shape[1],
         crow=crow,
-        column=column,
+        col=col,
         values=values,
         grad_out=grad.contiguous(),
         d_weight=d_weight,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .. import native
 from ..reference import softmax_library as reference
-
-_ACTIVATIONS = {"softmax": 0, "softplus": 1}
+from ._common import ACTIVATIONS
 
 
 class _SoftmaxLibrary(ctypes.Structure):
@@ -49,7 +48,7 @@ def _arguments(rows: Tensor, scale_activation: str, **tensors: Tensor | None) ->
     return _SoftmaxLibrary(
         n_rows=rows.shape[:-1].numel(),
         n_genes=rows.shape[-1],
-        activation=_ACTIVATIONS[scale_activation],
+        activation=ACTIVATIONS[scale_activation],
         n_threads=torch.get_num_threads(),
         **{name: t.data_ptr() for name, t in tensors.items() if t is not None},
     )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..cpp.csr import canonical_parts
+from ..reference import counts
+
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 
 
 def check_labels(labels: Tensor, n_cat: int, name: str) -> None:
@@ -24,7 +29,7 @@ def check_labels(labels: Tensor, n_cat: int, name: str) -> None:
     if labels.numel() == 0:
         return
     if labels.device.type == "cuda":
-        torch._assert_async(
+        counts.assert_on_device(
             ((labels >= 0) & (labels < n_cat)).all(),
             f"{name}: a label is outside 0..{n_cat - 1}",
         )
@@ -34,6 +39,43 @@ def check_labels(labels: Tensor, n_cat: int, name: str) -> None:
         raise ValueError(
             f"{name}: found label {low if low < 0 else high}, but there are {n_cat} categories "
             f"(labels 0..{n_cat - 1})"
+        )
+
+
+def check_tensors(**values: Any) -> None:
+    """Refuse what is no tensor: AnnData holds NumPy's and SciPy's arrays."""
+    for name, value in values.items():
+        if value is None or isinstance(value, Tensor):
+            continue
+        kind = type(value)
+        advice = f"torch.as_tensor({name})"
+        if hasattr(value, "tocsr"):
+            advice = f"torch.sparse_csr_tensor of {name}.tocsr()'s indptr, indices, data and shape"
+        raise TypeError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}, expected a torch.Tensor: {advice}"
+        )
+
+
+def check_option(name: str, value: Any, known: Collection[str]) -> None:
+    """Refuse an option that is not among the known ones."""
+    expected = f"expected one of {', '.join(map(repr, known))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {type(value).__name__}, {expected}")
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; {expected}")
+
+
+def check_library(library: Tensor, rows: tuple[int, ...]) -> None:
+    """Refuse log library sizes that do not broadcast to one a row, (..., 1)."""
+    shape = (*rows, 1)
+    try:
+        fits = library.shape[-1:] == (1,) and torch.broadcast_shapes(library.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"library has shape {tuple(library.shape)}, expected {shape} or something that "
+            "broadcasts to it: one log library size a cell"
         )
 
 
@@ -68,6 +110,28 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     if any(t is not None and t.dtype == torch.float64 for t in tensors):
         return torch.float64
     return torch.float32
+
+
+def canonical_csr(x: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Take a ``torch.sparse_csr`` matrix apart, its columns ascending within each row.
+
+    Returns
+    -------
+    tuple of Tensor
+        Row pointers, columns and values; duplicates are summed.
+
+    Raises
+    ------
+    ValueError
+        If indices do not fit the shape.
+    """
+    parts = canonical_parts(x) if backend == "cpp" else None
+    return parts or counts.canonical_csr(x)
+
+
+def cast(tensor: _Maybe, dtype: torch.dtype) -> _Maybe:
+    """Return a tensor, or None, in a dtype; itself if it has that."""
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)  # type: ignore[return-value]
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:

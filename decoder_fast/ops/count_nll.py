@@ -13,20 +13,24 @@ from torch import Tensor
 
 from ..backends import choose, implementation
 from ..cpp import count_nll as cpp
-from ..cpp.csr import canonical_parts
 from ..reference.count_nll import Inputs
-from ..reference.counts import Counts, canonical_csr, csr_parts
+from ..reference.counts import Counts, csr_parts
 from ..reference.log_prob import LIKELIHOODS
 from ._common import (
+    canonical_csr,
+    cast,
     check_floating,
     check_labels,
+    check_library,
+    check_option,
     check_shape,
+    check_tensors,
     check_together,
     compute_dtype,
     no_autocast,
     once_differentiable,
 )
-from .softmax_library import check_scale_activation
+from .softmax_library import SCALE_ACTIVATIONS
 
 __all__ = ["count_nll"]
 
@@ -67,7 +71,7 @@ def _inputs(*args: Any) -> Inputs:
     return Inputs(*fields)
 
 
-def _taken(inputs: Inputs, backend: str) -> str:
+def _backend(inputs: Inputs, backend: str) -> str:
     hidden = inputs.hidden
     if hidden.numel() == 0 or inputs.scale_weight.numel() == 0:
         return "torch"  # no kernel is needed to add up nothing
@@ -218,7 +222,7 @@ def _op(
         likelihood,
         scale_activation,
     )
-    return _forward(inputs, _taken(inputs, backend))
+    return _forward(inputs, _backend(inputs, backend))
 
 
 @_op.register_fake
@@ -270,7 +274,7 @@ def _op_backward(
         scale_activation,
     )
     names = wanted.split()
-    grads = _backward(inputs, grad, shift, usum, frozenset(names), _taken(inputs, backend))
+    grads = _backward(inputs, grad, shift, usum, frozenset(names), _backend(inputs, backend))
     return [grads[name].contiguous() for name in names]
 
 
@@ -311,18 +315,32 @@ def _check_head(
         check_shape(f"{name}_bias", bias, shape[:1], "one number a gene")
 
 
-def check_likelihood(likelihood: str) -> None:
-    """Refuse an unknown likelihood."""
-    if likelihood not in LIKELIHOODS:
+def _check_table(
+    px_r: Tensor | None, px_r_index: Tensor | None, n_genes: int, n_cells: int
+) -> Tensor | None:
+    """Check a dispersion by gene, or a table and the labels that look it up; return those."""
+    if px_r_index is None:
+        if px_r is not None:
+            check_shape("px_r", px_r, (n_genes,), "one number a gene, as no px_r_index was given")
+        return None
+    if px_r is None:
+        raise ValueError("px_r_index was given without px_r, the table that it looks up")
+    if px_r.dim() != 2 or px_r.shape[0] != n_genes:
         raise ValueError(
-            f"likelihood={likelihood!r} is unknown; expected one of "
-            + ", ".join(map(repr, LIKELIHOODS))
+            f"px_r has shape {tuple(px_r.shape)}, expected ({n_genes}, n): with px_r_index "
+            "it is a table of genes x categories"
         )
+    if px_r_index.is_floating_point() or px_r_index.dtype == torch.bool:
+        raise TypeError(f"px_r_index has dtype {px_r_index.dtype}, expected integers")
+    if px_r_index.shape not in ((n_cells,), (n_cells, 1)):
+        raise ValueError(
+            f"px_r_index has shape {tuple(px_r_index.shape)}, expected ({n_cells},): one "
+            "label a cell"
+        )
+    return px_r_index.reshape(n_cells).long()
 
 
-def _prepare_counts(
-    x: Tensor, n_cells: int, n_genes: int, backend: str
-) -> tuple[Any, ...]:
+def _prepare_counts(x: Tensor, n_cells: int, n_genes: int, backend: str) -> tuple[Any, ...]:
     """Check the counts; return them as (dense, crow, col, values)."""
     if x.layout not in (torch.strided, torch.sparse_csr):
         raise TypeError(f"x has layout {x.layout}, expected a dense tensor or torch.sparse_csr")
@@ -335,8 +353,7 @@ def _prepare_counts(
         return x, None, None, None
     if backend == "triton":
         return (None, *csr_parts(x))
-    parts = canonical_parts(x) if backend == "cpp" else None
-    return (None, *(parts or canonical_csr(x)))
+    return (None, *canonical_csr(x, backend))
 
 
 def count_nll(
@@ -360,9 +377,9 @@ def count_nll(
 
     The heads' products, the activation of the scale, the mean ``exp(library) * px_scale`` and the
     log-likelihood are taken gene tile by gene tile and summed at once: no cells x genes tensor is
-    built. Formulas: negative binomial
-    and zero-inflated negative binomial of Lopez et al. 2018 (Nat Methods 15:1053) with scvi-tools'
-    ``eps = 1e-8``; they hold for inverse dispersions from 1e-6 to 1e6 and beyond.
+    built. Formulas: negative binomial and zero-inflated negative binomial of Lopez et al. 2018 (Nat
+    Methods 15:1053) with scvi-tools' ``eps = 1e-8``; they hold for inverse dispersions from 1e-6 to
+    1e6 and beyond.
 
     Parameters
     ----------
@@ -405,6 +422,10 @@ def count_nll(
         number, or an option is unknown or missing.
     TypeError
         If an input has a dtype or layout that does not fit.
+    RuntimeError
+        If ``backend`` names one that cannot run here; the message says why.
+    MemoryError
+        If a kernel for CPUs gets no memory to work in.
 
     Notes
     -----
@@ -414,8 +435,9 @@ def count_nll(
     bfloat16 and accumulate in float32: about 5e-5 relative error in the likelihood and 4e-3 in the
     gradients, instead of 1e-7 and 5e-7.
     """
-    check_likelihood(likelihood)
-    check_scale_activation(scale_activation)
+    check_option("likelihood", likelihood, LIKELIHOODS)
+    check_option("scale_activation", scale_activation, SCALE_ACTIVATIONS)
+    check_tensors(x=x, hidden=hidden, scale_weight=scale_weight)
     if hidden.dim() not in (2, 3):
         raise ValueError(
             f"hidden has shape {tuple(hidden.shape)}, expected (cells, hidden units) or "
@@ -447,6 +469,7 @@ def count_nll(
         px_r,
     )
     named = dict(zip(_DIFFERENTIABLE, floats, strict=True))
+    check_tensors(**named, px_r_index=px_r_index)
     check_floating(**named)
     check_together("hidden", hidden, **named, px_r_index=px_r_index, x=x)
     if likelihood == "zinb" and dropout_weight is None:
@@ -455,61 +478,35 @@ def count_nll(
         raise ValueError(
             f"likelihood={likelihood!r} needs the dispersion either as px_r (log inverse "
             "dispersion by gene) or as r_weight (its head, for 'gene-cell' dispersion), "
-            f"but {'neither' if px_r is None else 'both'} was given"
+            f"but {'neither was' if px_r is None else 'both were'} given"
         )
-    if px_r is not None:
-        if px_r_index is None:
-            check_shape("px_r", px_r, (n_genes,), "one number a gene, as no px_r_index was given")
-        else:
-            if px_r.dim() != 2 or px_r.shape[0] != n_genes:
-                raise ValueError(
-                    f"px_r has shape {tuple(px_r.shape)}, expected ({n_genes}, n): with px_r_index "
-                    "it is a table of genes x categories"
-                )
-            if px_r_index.is_floating_point() or px_r_index.dtype == torch.bool:
-                raise TypeError(f"px_r_index has dtype {px_r_index.dtype}, expected integers")
-            if px_r_index.shape not in ((n_cells,), (n_cells, 1)):
-                raise ValueError(
-                    f"px_r_index has shape {tuple(px_r_index.shape)}, expected ({n_cells},): one "
-                    "label a cell"
-                )
-            px_r_index = px_r_index.reshape(n_cells).long()
-    elif px_r_index is not None:
-        raise ValueError("px_r_index was given without px_r, the table that it looks up")
+    px_r_index = _check_table(px_r, px_r_index, n_genes, n_cells)
     dtype = compute_dtype(hidden, scale_weight)
     compiling = torch.compiler.is_compiling()
     if not compiling:  # else the operation chooses, which the compiler does not look into
         backend = choose(
             "count_nll", backend, device=hidden.device, dtype=dtype, likelihood=likelihood
         ).backend
+        if hidden.numel() == 0 or n_genes == 0:
+            backend = "torch"  # no kernel is needed to add up nothing
     parts = _prepare_counts(x, n_cells, n_genes, backend)
 
     rows = hidden.shape[:-1]
-    try:
-        if library.shape[-1:] != (1,):
-            raise RuntimeError
-        by_cell = library.select(-1, 0)
-        if by_cell.shape != rows:
-            by_cell = by_cell.expand(rows)
-    except RuntimeError:
-        raise ValueError(
-            f"library has shape {tuple(library.shape)}, expected {(*rows, 1)} or something that "
-            "broadcasts to it: one log library size a cell"
-        ) from None
-    floats = (hidden, by_cell, *floats[2:])
-    cast: list[Any] = [t if t is None or t.dtype == dtype else t.to(dtype) for t in floats]
+    if library.shape != (*rows, 1):
+        check_library(library, rows)
+        library = library.expand(*rows, 1)
+    inputs: list[Any] = [hidden, library.select(-1, 0), *floats[2:]]
+    inputs = [cast(t, dtype) for t in inputs]
     if compiling:
         if len(rows) == 1:
-            cast[:2] = (t[None] for t in cast[:2])
+            inputs[:2] = (t[None] for t in inputs[:2])
         options = (px_r_index, *parts, likelihood, scale_activation, backend)
-        nll = _op(*cast, *options)[0]
+        nll = _op(*inputs, *options)[0]
         return nll if len(rows) == 2 else nll.squeeze(0)
-    if hidden.numel() == 0 or n_genes == 0:
-        backend = "torch"  # no kernel is needed to add up nothing
     counts = _counts(parts, n_genes, likelihood)
     rest = _Rest(backend, px_r_index, counts, likelihood, scale_activation)
     if torch.is_grad_enabled():
-        return _CountNLL.apply(rest, *cast)
+        return _CountNLL.apply(rest, *inputs)
     # autograd would have gradients computed along the way for parameters that want them
-    cast += rest[1:]
-    return _forward(Inputs(*cast), backend)[0]
+    inputs += rest[1:]
+    return _forward(Inputs(*inputs), backend)[0]

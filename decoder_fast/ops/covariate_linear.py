@@ -14,9 +14,12 @@ from ..backends import choose, implementation
 from ..cpp import covariate_linear as cpp
 from ..reference.covariate_linear import ACTIVATIONS, Inputs
 from ._common import (
+    cast,
     check_floating,
     check_labels,
+    check_option,
     check_shape,
+    check_tensors,
     check_together,
     compute_dtype,
     no_autocast,
@@ -28,13 +31,13 @@ __all__ = ["covariate_linear"]
 _DIFFERENTIABLE = ("x", "weight", "bias", "batch_norm_weight", "batch_norm_bias")
 
 
-def _chosen(tensor: Tensor, backend: str) -> str:
+def _backend(tensor: Tensor, backend: str) -> str:
     return choose("covariate_linear", backend, device=tensor.device, dtype=tensor.dtype).backend
 
 
 def _module(inputs: Inputs, backend: str) -> tuple[str, Any]:
     """Choose the backend, and its module; without cells or units, plain PyTorch's."""
-    chosen = _chosen(inputs.x, backend)
+    chosen = _backend(inputs.x, backend)
     n_samples, n_cells, _ = inputs.x.shape
     if n_samples * n_cells * inputs.weight.shape[0] == 0:
         chosen = "torch"
@@ -57,7 +60,7 @@ def _forward(
         _check_labels(inputs)
     with no_autocast(inputs.x.device):
         try:
-            if update is not None and chosen != "torch" and cpp.movable(update[:2]):
+            if update is not None and chosen != "torch" and _movable(update[:2]):
                 return module.forward(inputs, update[:2], update[2])
             results = module.forward(inputs)
         except cpp.LabelError:
@@ -190,33 +193,16 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    categories: list[Tensor],
-    n_cats: list[int],
-    batch_norm_weight: Tensor | None,
-    batch_norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_batch_norm: bool,
-    batch_statistics: bool,
-    batch_norm_eps: float,
-    use_layer_norm: bool,
-    layer_norm_eps: float,
-    activation: str,
-    activation_parameter: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_samples, n_cells, _ = x.shape
-    n_hidden = weight.shape[0]
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *fields, _ = args
+    inputs = Inputs(*fields)
+    x, (n_samples, n_cells, _) = inputs.x, inputs.x.shape
+    n_hidden = inputs.weight.shape[0]
     out = x.new_empty(n_samples, n_cells, n_hidden)
-    keeps = use_batch_norm or use_layer_norm or activation not in ("identity", "relu")
-    v = torch.empty_like(out) if keeps else x.new_empty(0)
-    if not use_batch_norm:
+    v = torch.empty_like(out) if inputs.keeps_linear else x.new_empty(0)
+    if not inputs.use_batch_norm:
         return out, v, x.new_empty(0), x.new_empty(0)
-    shape = (n_samples if batch_statistics else 1, n_hidden)
+    shape = (n_samples if inputs.batch_statistics else 1, n_hidden)
     return out, v, x.new_empty(shape), x.new_empty(shape)
 
 
@@ -269,37 +255,11 @@ def _op_backward(
 
 @_op_backward.register_fake
 def _(
-    grad: Tensor,
-    out: Tensor,
-    v: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    categories: list[Tensor],
-    n_cats: list[int],
-    batch_norm_weight: Tensor | None,
-    batch_norm_bias: Tensor | None,
-    use_batch_norm: bool,
-    batch_statistics: bool,
-    batch_norm_eps: float,
-    use_layer_norm: bool,
-    layer_norm_eps: float,
-    activation: str,
-    activation_parameter: float,
-    backend: str,
-    wanted: str,
+    grad: Tensor, out: Tensor, v: Tensor, mean: Tensor, invstd: Tensor, *args: Any
 ) -> list[Tensor]:
-    named: dict[str, Any] = {
-        "x": x,
-        "weight": weight,
-        "bias": bias,
-        "batch_norm_weight": batch_norm_weight,
-        "batch_norm_bias": batch_norm_bias,
-        **{f"categories.{k}": category for k, category in enumerate(categories)},
-    }
-    return [named[name].new_empty(named[name].shape) for name in wanted.split()]
+    fields: list[Any] = [*args[:7], None, None, *args[7:-2]]
+    inputs, wanted = Inputs(*fields), args[-1]
+    return [inputs.named(name).new_empty(inputs.named(name).shape) for name in wanted.split()]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,6 +313,11 @@ def _derive(ctx: Any, grad: Tensor, *_: Any) -> Any:
 _op.register_autograd(_derive, setup_context=_setup)
 
 
+def _movable(running: tuple[Tensor, Tensor]) -> bool:
+    """Say whether a kernel can move these running statistics where they are."""
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in running)
+
+
 def _update_running(
     running_mean: Tensor,
     running_var: Tensor,
@@ -364,8 +329,8 @@ def _update_running(
     backend: str,
 ) -> None:
     """Move the running statistics once for each sample, as stock batch norm does slice by slice."""
-    chosen, running = _chosen(mean, backend), (running_mean, running_var)
-    if chosen != "torch" and cpp.movable(running):
+    chosen, running = _backend(mean, backend), (running_mean, running_var)
+    if chosen != "torch" and _movable(running):
         module = implementation("covariate_linear", chosen)
         module.update_running(running, mean, invstd, momentum, eps, n_cells)
         return
@@ -381,12 +346,10 @@ _op_update_running = torch.library.custom_op(
 )
 
 
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Refuse a parameter that is not floating point, or not where ``x`` is."""
+    """Refuse a parameter that is not a tensor, not floating point, or not where ``x`` is."""
+    if not isinstance(tensor, Tensor):
+        check_tensors(**{name: tensor})
     if not tensor.is_floating_point():
         check_floating(**{name: tensor})
     if tensor.device != x.device:
@@ -397,11 +360,13 @@ def _prepared_category(
     k: int, category: Tensor, n_cat: int, n_cells: int, x: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Check a covariate; return int64 labels (N,), or a matrix of ``dtype``."""
+    if not isinstance(category, Tensor):
+        check_tensors(**{f"category {k}": category})
     if category.device != x.device:
         check_together("x", x, **{f"category {k}": category})
     if category.dim() == 2 and category.shape[1] == n_cat and n_cat > 1:
         check_shape(f"category {k}", category, (n_cells, n_cat), "one row a cell")
-        return _as(category, dtype)
+        return cast(category, dtype)
     if category.is_floating_point() or category.dtype == torch.bool:
         raise TypeError(
             f"category {k} has dtype {category.dtype} and shape {tuple(category.shape)}; "
@@ -412,7 +377,7 @@ def _prepared_category(
             f"category {k} has shape {tuple(category.shape)}, expected ({n_cells}, 1) "
             f"integer labels or a ({n_cells}, {n_cat}) one-hot matrix"
         )
-    return _as(category.reshape(n_cells), torch.int64)
+    return cast(category.reshape(n_cells), torch.int64)
 
 
 def covariate_linear(
@@ -454,15 +419,16 @@ def covariate_linear(
         (one-hot or soft), shared by all samples.
     n_cats
         Number of categories of each covariate.
-    use_batch_norm, batch_norm_weight, batch_norm_bias, running_mean, running_var, momentum, \
-    batch_norm_eps
-        Batch norm over cells, as ``torch.nn.functional.batch_norm``; the parameters are (H,). In
-        training the running statistics are updated in place, once for each sample of a 3-D ``x``.
+    use_batch_norm, momentum, batch_norm_eps
+        Batch norm over cells, as ``torch.nn.functional.batch_norm`` (Ioffe and Szegedy 2015).
+    batch_norm_weight, batch_norm_bias, running_mean, running_var
+        Its parameters and running statistics, (H,) each, or None. In training the statistics are
+        updated in place, once for each sample of a 3-D ``x``.
     training
         Whether batch norm uses the batch's own statistics; without running statistics it always
         does.
     use_layer_norm, layer_norm_eps
-        Layer norm over hidden units, without affine parameters.
+        Layer norm over hidden units, without affine parameters (Ba et al. 2016).
     activation
         ``"identity"``, ``"relu"``, ``"leaky_relu"``, ``"elu"``, ``"gelu"`` or ``"silu"``.
     activation_parameter
@@ -482,9 +448,13 @@ def covariate_linear(
         norm is to be trained on a single cell.
     TypeError
         If an input has a dtype that does not fit.
+    RuntimeError
+        If ``backend`` names one that cannot run here; the message says why.
+    MemoryError
+        If a kernel for CPUs gets no memory to work in.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is unknown; expected one of {ACTIVATIONS}")
+    check_option("activation", activation, ACTIVATIONS)
+    check_tensors(x=x, weight=weight)
     if x.dim() not in (2, 3):
         raise ValueError(
             f"x has shape {tuple(x.shape)}, expected (cells, n_in) or (samples, cells, n_in)"
@@ -514,11 +484,11 @@ def covariate_linear(
     def vector(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
+        _check_kind(name, tensor, x)
         if tensor.shape != (n_hidden,):
             check_shape(name, tensor, (n_hidden,), "one number a hidden unit")
-        _check_kind(name, tensor, x)
         # Contiguous, because torch's batch norm on the CPU ignores its weight's stride backwards.
-        return _as(tensor, dtype).contiguous()
+        return cast(tensor, dtype).contiguous()
 
     _check_kind("weight", weight, x)
     bias = vector("bias", bias)
@@ -544,7 +514,7 @@ def covariate_linear(
         activation,
         float(activation_parameter),
     )
-    x, weight = _as(x, dtype), _as(weight, dtype)
+    x, weight = cast(x, dtype), cast(weight, dtype)
     update = None
     if training and batch_statistics and momentum != 0 and n_cells > 0:
         if running_mean is not None and running_var is not None:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, implementation
-from ..cpp.csr import canonical_parts
-from ..reference.counts import canonical_csr
 from ._common import (
+    canonical_csr,
+    cast,
     check_floating,
     check_shape,
+    check_tensors,
     check_together,
     compute_dtype,
     no_autocast,
@@ -22,40 +23,33 @@ from ._common import (
 __all__ = ["csr_linear"]
 
 
-def _implementation(weight: Tensor, backend: str) -> Any:
-    chosen = choose("csr_linear", backend, device=weight.device, dtype=weight.dtype).backend
-    return implementation("csr_linear", chosen)
-
-
 class _CsrLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         crow: Tensor,
-        column: Tensor,
+        col: Tensor,
         values: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(crow, column, values, weight)
+        ctx.save_for_backward(crow, col, values, weight)
         ctx.backend = backend
         with no_autocast(weight.device):
-            out: Tensor = _implementation(weight, backend).forward(
-                crow, column, values, weight, bias
-            )
+            run = implementation("csr_linear", backend).forward
+            out: Tensor = run(crow, col, values, weight, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        crow, column, values, weight = ctx.saved_tensors
+        crow, col, values, weight = ctx.saved_tensors
         d_weight = d_bias = None
         if ctx.needs_input_grad[3]:
             with no_autocast(weight.device):
-                d_weight = _implementation(weight, ctx.backend).backward(
-                    grad, crow, column, values, weight.shape[1]
-                )
+                run = implementation("csr_linear", ctx.backend).backward
+                d_weight = run(grad, crow, col, values, weight.shape[1])
         if ctx.needs_input_grad[4]:
             d_bias = grad.sum(0)
         return None, None, None, d_weight, d_bias, None
@@ -96,7 +90,12 @@ def csr_linear(
         or ``backend`` is unknown.
     TypeError
         If ``x`` is not in CSR, or a dtype is not as above.
+    RuntimeError
+        If ``backend`` names one that cannot run here; the message says why.
+    MemoryError
+        If a kernel for CPUs gets no memory to work in.
     """
+    check_tensors(x=x, weight=weight, bias=bias)
     if x.layout != torch.sparse_csr:
         raise TypeError(
             f"x has layout {x.layout}, expected torch.sparse_csr: use "
@@ -118,12 +117,7 @@ def csr_linear(
         check_shape("bias", bias, (weight.shape[0],), "one number a hidden unit")
     dtype = compute_dtype(weight, bias, x if x.is_floating_point() else None)
     chosen = choose("csr_linear", backend, device=weight.device, dtype=dtype).backend
-    parts = canonical_parts(x) if chosen == "cpp" else None
-    crow, column, values = parts or canonical_csr(x)
-    args = (crow, column, values.to(dtype), weight.to(dtype), _cast(bias, dtype), chosen)
+    crow, col, values = canonical_csr(x, chosen)
+    args = (crow, col, *(cast(t, dtype) for t in (values, weight, bias)), chosen)
     out: Tensor = _CsrLinear.apply(*args)
     return out
-
-
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)

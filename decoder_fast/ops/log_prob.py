@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ..reference.counts import Counts
 from ..reference.log_prob import EPS, at_nonzero, at_zero, wide_dtype
-from ._common import check_floating, check_together, no_autocast, once_differentiable
+from ._common import (
+    check_floating,
+    check_tensors,
+    check_together,
+    no_autocast,
+    once_differentiable,
+)
 
 __all__ = ["nb_log_prob", "poisson_log_prob", "zinb_log_prob"]
 
@@ -120,6 +126,7 @@ def _log_prob(
     theta: Tensor | None = None,
     zi_logits: Tensor | None = None,
 ) -> Tensor:
+    check_tensors(x=x, mu=mu, theta=theta, zi_logits=zi_logits)
     check_floating(mu=mu, theta=theta, zi_logits=zi_logits)
     check_together("mu", mu, x=x, theta=theta, zi_logits=zi_logits)
     if x.dtype == torch.bool or x.dtype.is_complex or x.layout != torch.strided:
@@ -157,7 +164,8 @@ def nb_log_prob(x: Tensor, mu: Tensor, theta: Tensor, eps: float = EPS) -> Tenso
     """Log-likelihood of counts under a negative binomial, element by element.
 
     The value of scvi-tools' ``log_nb_positive(x, mu, theta, eps)``, without its float32 errors at
-    large ``theta``.
+    large ``theta``. The parametrisation by mean and inverse dispersion is that of Lopez et al. 2018
+    (Nat Methods 15:1053).
 
     Parameters
     ----------
@@ -216,6 +224,9 @@ def zinb_log_prob(
 
 def poisson_log_prob(x: Tensor, mu: Tensor) -> Tensor:
     """Log-likelihood of counts under a Poisson distribution, element by element.
+
+    ``x log(mu) - mu - lgamma(x + 1)``: that of ``torch.distributions.Poisson``, which PoissonVI
+    takes, for fractions too.
 
     Parameters
     ----------

@@ -12,8 +12,12 @@ from ..backends import choose, implementation
 from ..cpp import count_nll as cpp_count_nll
 from ..reference import softmax_library as reference
 from ._common import (
+    cast,
     check_floating,
+    check_library,
+    check_option,
     check_shape,
+    check_tensors,
     check_together,
     compute_dtype,
     no_autocast,
@@ -25,16 +29,8 @@ __all__ = ["log_sum_exp", "softmax_library"]
 SCALE_ACTIVATIONS = ("softmax", "softplus")
 
 
-def _chosen(tensor: Tensor, backend: str) -> str:
+def _backend(tensor: Tensor, backend: str) -> str:
     return choose("softmax_library", backend, device=tensor.device, dtype=tensor.dtype).backend
-
-
-def check_scale_activation(scale_activation: str) -> None:
-    """Refuse an unknown activation of the scale head."""
-    if scale_activation not in SCALE_ACTIVATIONS:
-        raise ValueError(
-            f"scale_activation={scale_activation!r} is unknown; expected 'softmax' or 'softplus'"
-        )
 
 
 #: Inputs that can be differentiated, in the order of the operation's arguments.
@@ -49,7 +45,7 @@ def _forward(
     scale_activation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = implementation("softmax_library", _chosen(logits, backend)).forward
+    run = implementation("softmax_library", _backend(logits, backend)).forward
     with no_autocast(logits.device):
         return run(logits.contiguous(), library.contiguous(), scale_activation, weight, bias)
 
@@ -65,7 +61,7 @@ def _backward(
     backend: str,
     wanted: frozenset[str],
 ) -> dict[str, Tensor | None]:
-    run = implementation("softmax_library", _chosen(scale, backend)).backward
+    run = implementation("softmax_library", _backend(scale, backend)).backward
     with no_autocast(scale.device):
         d_logits, d_library = run(
             grad_scale,
@@ -267,8 +263,13 @@ def softmax_library(
         If shapes or devices do not fit, ``bias`` comes without ``weight``, or an option is unknown.
     TypeError
         If an input is not of a floating-point dtype.
+    RuntimeError
+        If ``backend`` names one that cannot run here; the message says why.
+    MemoryError
+        If a kernel for CPUs gets no memory to work in.
     """
-    check_scale_activation(scale_activation)
+    check_option("scale_activation", scale_activation, SCALE_ACTIVATIONS)
+    check_tensors(logits=logits, library=library, weight=weight, bias=bias)
     check_floating(logits=logits, library=library, weight=weight, bias=bias)
     check_together("logits", logits, library=library, weight=weight, bias=bias)
     last = "genes" if weight is None else "hidden units"
@@ -291,20 +292,11 @@ def softmax_library(
                 "logits, or pass hidden units, weight and bias"
             )
         check_shape("bias", bias, tuple(weight.shape[:1]), "one number a gene")
-    shape = (*logits.shape[:-1], 1)
-    try:
-        fits = torch.broadcast_shapes(library.shape, shape) == shape and library.dim() > 0
-    except RuntimeError:
-        fits = False
-    if not fits or (library.dim() > 0 and library.shape[-1] != 1):
-        raise ValueError(
-            f"library has shape {tuple(library.shape)}, expected {shape} or something that "
-            "broadcasts to it: one log library size a cell"
-        )
+    check_library(library, logits.shape[:-1])
     dtype = compute_dtype(logits, library, weight, bias)
     library = library.to(dtype).reshape((1,) * (logits.dim() - library.dim()) + library.shape)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    args = (logits.to(dtype), library, weight, bias, scale_activation, backend)
+    heads = (cast(t, dtype) for t in (weight, bias))
+    args = (cast(logits, dtype), library, *heads, scale_activation, backend)
     if torch.compiler.is_compiling():
         return _op(*args)
     return _SoftmaxLibrary.apply(*args)

@@ -134,15 +134,19 @@ def _require(condition: Tensor, message: str, found: Tensor | None = None) -> No
         if not bool(condition):
             raise ValueError(message if found is None else f"{message} (found {found.item():g})")
     else:
-        torch._assert_async(condition, message)
+        assert_on_device(condition, message)
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Assert there, without waiting for it: CUDA refuses messages of 255 characters or more."""
+    torch._assert_async(condition, message[:254])
 
 
 def _bad_indices(n_cells: int, n_genes: int) -> str:
     return (
-        f"the CSR counts say that they are {n_cells} cells x {n_genes} genes, but their "
-        "indices do not fit that shape (row pointers must ascend from 0 to the number of "
-        f"values, columns must lie in 0..{n_genes - 1}); build them with "
-        "torch.sparse_csr_tensor(..., check_invariants=True) to find the fault"
+        f"the CSR counts' indices do not fit {n_cells} cells x {n_genes} genes: row pointers "
+        f"must ascend from 0 to the number of values, columns lie in 0..{n_genes - 1}; "
+        "torch.sparse_csr_tensor(..., check_invariants=True) finds the fault"
     )
 
 
@@ -200,7 +204,7 @@ def canonical_csr(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.device.type == "cpu":
             fits = bool(ok)
         else:
-            torch._assert_async(ok, _bad_indices(n_cells, n_genes))
+            assert_on_device(ok, _bad_indices(n_cells, n_genes))
     if not fits:
         raise ValueError(_bad_indices(n_cells, n_genes))
     if nnz < 2:

@@ -48,6 +48,11 @@ class Inputs:
         """Whether anything stands between the linear map and the activation."""
         return self.use_batch_norm or self.use_layer_norm
 
+    @property
+    def keeps_linear(self) -> bool:
+        """Whether the backward pass needs what the norms, or the activation, got."""
+        return self.has_norm or self.activation not in ("identity", "relu")
+
     def named(self, name: str) -> Tensor:
         """Return what ``wanted`` in :func:`backward` calls by this name."""
         field, _, position = name.partition(".")
@@ -160,7 +165,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if inputs.use_layer_norm:
         a = F.layer_norm(a, a.shape[-1:], None, None, inputs.layer_norm_eps)
     out = _activate(inputs.activation, inputs.activation_parameter, a)
-    if not inputs.has_norm and inputs.activation in ("identity", "relu"):
+    if not inputs.keeps_linear:
         v = v.new_empty(0)
     elif out is v:  # nothing was done to no cells
         out = v.clone()

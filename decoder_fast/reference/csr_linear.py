@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dense(crow: Tensor, column: Tensor, values: Tensor, n_columns: int) -> Tensor:
+def dense(crow: Tensor, col: Tensor, values: Tensor, n_columns: int) -> Tensor:
     """Make CSR dense, (N, ``n_columns``), in half the time of ``to_dense()``; sum duplicates."""
     n_rows = crow.numel() - 1
-    start = torch.arange(n_rows, device=column.device) * n_columns
-    place = start.repeat_interleave(crow.diff(), output_size=column.numel()).add_(column)
+    start = torch.arange(n_rows, device=col.device) * n_columns
+    place = start.repeat_interleave(crow.diff(), output_size=col.numel()).add_(col)
     out = torch.zeros(n_rows * n_columns, dtype=values.dtype, device=values.device)
     return out.scatter_add_(0, place, values).view(n_rows, n_columns)
 
 
 def forward(
-    crow: Tensor, column: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
+    crow: Tensor, col: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """Compute ``x @ weight.T + bias``.
 
     Parameters
     ----------
-    crow, column, values
+    crow, col, values
         The parts of ``x`` (N, K): row pointers (N + 1,), columns and values (nnz,).
     weight, bias
         (H, K), and (H,) or None.
@@ -33,11 +33,11 @@ def forward(
     Tensor
         (N, H).
     """
-    return F.linear(dense(crow, column, values, weight.shape[1]), weight, bias)
+    return F.linear(dense(crow, col, values, weight.shape[1]), weight, bias)
 
 
 def backward(
-    grad: Tensor, crow: Tensor, column: Tensor, values: Tensor, n_columns: int
+    grad: Tensor, crow: Tensor, col: Tensor, values: Tensor, n_columns: int
 ) -> Tensor:
     """Compute the gradient by ``weight``, (H, K), from the upstream gradient (N, H)."""
-    return grad.t() @ dense(crow, column, values, n_columns)
+    return grad.t() @ dense(crow, col, values, n_columns)

@@ -4,13 +4,13 @@ Fusing changes classes and nothing else. The model's decoder becomes a :class:`F
 the module that owns it a subclass of its own class, both in place: parameters, buffers, hooks and
 optimizers stay as they are, and a saved model knows nothing of it.
 
-In a fused module the decoder's outputs are lazy (:mod:`decoder_fast.lazy`), and the distributions
-that the model builds from them answer ``log_prob(x).sum(-1)`` by
-:meth:`decoder_fast.DecoderSCVI.hidden_loss`. The losses of the models are their own.
+In a fused module the decoder's outputs are lazy (:mod:`decoder_fast.scvi.lazy`), and the
+distributions that the model builds from them answer ``log_prob(x).sum(-1)`` by the fused likelihood
+of :class:`decoder_fast.DecoderSCVI`. The losses of the models are their own.
 
 A fused model's ``train`` has its data splitter hand over CSR counts as CSR: the module sees them as
-dense (:class:`decoder_fast.lazy.LazyCounts`), the fused likelihood takes the CSR. Its methods of
-posterior expression (:mod:`decoder_fast.scvi.inference`) compute the genes and samples wanted.
+dense (:class:`decoder_fast.scvi.lazy.LazyCounts`), the fused likelihood takes the CSR. Its methods
+of posterior expression (:mod:`decoder_fast.scvi.inference`) compute the genes and samples wanted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "decoder_fast.scvi needs scvi-tools, which is not installed or does not import "
-        f"({error}): pip install 'decoder-fast[scvi]'"
+        f"({error}): pip install scvi-tools"
     ) from error
 
 from .data import FusedAnnDataLoader
@@ -106,12 +106,15 @@ def fuse(model: _Model) -> _Model:
 
     Returns
     -------
-    The same model.
+    object
+        The same model.
 
     Raises
     ------
     TypeError
         If it is not a model, or has no ``scvi.nn.DecoderSCVI`` of scvi-tools' own class.
+    ValueError
+        If the model gets its module from a data module only when it is trained.
     """
     module = _modules(model)
     parts = list(module.modules())
@@ -155,12 +158,13 @@ def unfuse(model: _Model) -> _Model:
 
     Returns
     -------
-    The same model.
+    object
+        The same model.
 
     Raises
     ------
-    TypeError
-        If it is not a model.
+    TypeError, ValueError
+        If it is not a model, or has no module yet.
     """
     module = _modules(model)
     for part in module.modules():
@@ -190,7 +194,13 @@ def fused(model: _Model) -> Iterator[_Model]:
 
     Yields
     ------
-    The same model.
+    object
+        The same model.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`fuse`.
     """
     was_fused = any(_is_fused(part) for part in _modules(model).modules())
     fuse(model)

@@ -19,8 +19,8 @@ import torch
 from scvi import train
 from torch import Tensor
 
-from ..lazy import LazyCounts, real
-from .module import canonical, is_csr
+from .lazy import LazyCounts, real
+from .module import canonical, is_compiled, is_csr
 
 #: Steps run as usual before one is recorded: kernels get compiled, libraries get their memory.
 WARM_UP = 3
@@ -335,7 +335,7 @@ def why_not(plan: Any) -> str | None:
             return f"{base.__name__} has a {min(own)} of its own, which may do more than one step"
     if getattr(plan.module, "gene_likelihood", None) == "normal":
         return "the likelihood 'normal' has no fused kernel, and in plain PyTorch its loss waits"
-    if hasattr(plan.module, "_orig_mod"):
+    if is_compiled(plan.module):
         return "the module was compiled, and torch.compile(mode='reduce-overhead') makes its own"
     if trainer.precision != "32-true":
         return f"it needs precision 32-true, and the trainer has {trainer.precision}"

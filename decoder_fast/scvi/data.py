@@ -15,8 +15,8 @@ from scvi import dataloaders
 from torch import Tensor
 from torch.utils.data import default_convert
 
-from ..lazy import LazyCounts, version
-from .module import canonical, is_csr
+from .lazy import LazyCounts, version
+from .module import canonical, is_compiled, is_csr
 
 #: Of scvi-tools 1.5.
 _ANNBATCH: Any = getattr(dataloaders, "AnnbatchDataModule", ())
@@ -62,7 +62,7 @@ class _FusedSplitter:
     def _shown(self, csr: Tensor) -> Tensor:
         """Show a CSR tensor as dense, the CSR at hand as its ``csr``."""
         counts = LazyCounts.of(csr)
-        if not hasattr(self.trainer.lightning_module.module, "_orig_mod"):
+        if not is_compiled(self.trainer.lightning_module.module):
             return counts
         # torch.compile's graphs would break at a lazy tensor, but let an attribute pass.
         dense = counts.materialise()
@@ -108,7 +108,7 @@ def csr_batches(datamodule: Any) -> Iterator[None]:
         if sparse.issparse(x) and x.format == "csr":
             crow, col, values = map(torch.from_numpy, (x.indptr, x.indices, x.data))
             x = torch.sparse_csr_tensor(crow, col, values, size=x.shape, check_invariants=False)
-        compiled = hasattr(trainer.lightning_module.module, "_orig_mod")
+        compiled = is_compiled(trainer.lightning_module.module)
         if is_csr(x) and trainer.strategy.root_device.type != "mps" and not compiled:
             batch = {**batch, "X": LazyCounts.of(canonical(x.float()))}
         return make(batch, dataloader_idx)
@@ -155,7 +155,8 @@ class FusedSemiSupervisedDataSplitter(_FusedSplitter, dataloaders.SemiSupervised
 
 
 FUSED_SPLITTERS: dict[type, type] = {
-    cls.__mro__[2]: cls for cls in (FusedDataSplitter, FusedSemiSupervisedDataSplitter)
+    dataloaders.DataSplitter: FusedDataSplitter,
+    dataloaders.SemiSupervisedDataSplitter: FusedSemiSupervisedDataSplitter,
 }
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import nn as fast
-from ..lazy import LazyExp, LazyTensor, broadcast, real
+from .lazy import LazyCheck, LazyExp, LazyTensor, broadcast, real
 
 #: Whether decoders answer with lazy outputs: inside a fused module.
 lazy_outputs: ContextVar[bool] = ContextVar("decoder_fast_lazy_outputs", default=False)
@@ -34,7 +34,7 @@ class Decoded:
 
     @functools.cached_property
     def _normaliser(self) -> Tensor | None:
-        return self.decoder.hidden_normaliser(self.hidden)
+        return self.decoder._hidden_normaliser(self.hidden)
 
     def compute(self, output: str, genes: Tensor | None = None) -> Tensor:
         """Compute one of the decoder's outputs; without gradients it may be of some genes only."""
@@ -48,7 +48,7 @@ class Decoded:
             return self._scale_and_rate[("px_scale", "px_rate").index(output)]
         # Nothing here is kept for a backward pass: the one output, and in place.
         normaliser = None if genes is None else self._normaliser
-        scale = self.decoder.hidden_scale(self.hidden, genes, normaliser)
+        scale = self.decoder._hidden_scale(self.hidden, genes, normaliser)
         return scale if output == "px_scale" else scale.mul_(self.library.exp())
 
     def samples(self, start: int, stop: int) -> Decoded:
@@ -103,12 +103,19 @@ class LazyOutput(LazyTensor):
             return self._split(*args[1:], **kwargs)
         if func is Tensor.__getitem__ and args[0] is self:
             return self._of_genes(args[1])
-        if func in (Tensor.__ge__, Tensor.ge) and args[1] == 0 and self.output != "px_r":
-            # Distributions check that a rate is not negative; this one is exp(.) * softmax(.).
-            return torch.ones((), dtype=torch.bool, device=self.device)
-        if func in (Tensor.__eq__, Tensor.eq) and args[0] is args[1] is self:
-            return torch.ones((), dtype=torch.bool, device=self.device)
+        if self._holds(func, args):
+            return LazyCheck(
+                self.shape, torch.bool, self.device, comparison=lambda: func(*map(real, args))
+            )
         return broadcast(func, args)
+
+    def _holds(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether ``func`` is a comparison that is true of all numbers that this output can be."""
+        if func in (Tensor.__ge__, Tensor.ge) and args[0] is self:
+            # a rate is exp(.) * softmax(.)
+            is_rate = self.output in ("px_scale", "px_rate")
+            return is_rate and isinstance(args[1], (int, float)) and args[1] == 0
+        return func in (Tensor.__eq__, Tensor.eq) and args[0] is args[1] is self
 
     def _of_genes(self, index: Any) -> Any:
         """Compute ``self[..., genes]`` alone, where ``genes`` is a mask or a list."""
@@ -132,6 +139,8 @@ class LazyOutput(LazyTensor):
     def _split(self, sizes: Any, dim: int = 0) -> Any:
         if dim % self.dim() != self.dim() - 2 or not isinstance(sizes, (list, tuple)):
             return NotImplemented
+        if sum(sizes) != self.shape[-2] or min(sizes, default=0) < 0:
+            return NotImplemented  # torch says what is wrong
         parts, start = [], 0
         for length in sizes:
             part = LazyOutput.of(self.decoded.cells(start, length), self.output)

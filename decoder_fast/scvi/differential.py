@@ -24,7 +24,11 @@ from .inference import (
     FusedMethod,
     FusedNormalizedExpression,
     arguments,
+    private,
 )
+
+_estimate_pseudocounts = private("model.base._differential", "estimate_pseudocounts_offset")
+_estimate_delta = private("model.base._differential", "estimate_delta")
 
 #: Options of the comparison that are known here: scvi-tools may come to have others.
 _OPTIONS = (
@@ -41,6 +45,8 @@ class FusedDifferentialExpression(FusedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Have scvi-tools answer, with another class for its computations."""
+        if private("model.base._de_core", "DifferentialComputation") is not DifferentialComputation:
+            return self.__wrapped__(*args, **kwargs)
         core = importlib.import_module("scvi.model.base._de_core")
         with replaced(core, DifferentialComputation=FusedDifferentialComputation):
             return self.__wrapped__(*args, **kwargs)
@@ -81,6 +87,8 @@ class FusedDifferentialComputation(DifferentialComputation):
     def _covers(self, said: Any) -> bool:
         """Whether no gene's answer depends on other genes, but by what is estimated of all."""
         if vars(said).keys() != set(_OPTIONS.split()):
+            return False
+        if _estimate_pseudocounts is None or _estimate_delta is None:
             return False
         expression = getattr(self.model_fn, "func", None)
         if not isinstance(expression, FusedNormalizedExpression):
@@ -123,8 +131,6 @@ class FusedDifferentialComputation(DifferentialComputation):
 
     def _pseudocounts(self, said: Any, compare: Callable[..., Iterator[Any]]) -> Any:
         """Estimate pseudocounts as scvi-tools does: from all genes that are not expressed."""
-        from scvi.model.base._differential import estimate_pseudocounts_offset
-
         x = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
         zero_a, zero_b = (
             np.asarray(np.mean(x[cells], 0)).flatten() < said.threshold_counts
@@ -144,7 +150,7 @@ class FusedDifferentialComputation(DifferentialComputation):
         if of_genes:
             maxima = maxima.astype(of_genes[0].dtype)
             maxima[:, genes] = np.concatenate(of_genes, axis=1)
-        return estimate_pseudocounts_offset(
+        return _estimate_pseudocounts(
             scales_a=maxima[:1], scales_b=maxima[1:], where_zero_a=zero_a, where_zero_b=zero_b
         )
 
@@ -153,8 +159,6 @@ class FusedDifferentialComputation(DifferentialComputation):
 
         Twice, at random: once to compare, and once to say.
         """
-        from scvi.model.base._differential import estimate_delta
-
         means: list[np.ndarray] = []
 
         def keep_mean(samples: Any) -> Any:
@@ -163,7 +167,7 @@ class FusedDifferentialComputation(DifferentialComputation):
 
         for _ in compare(np.arange(self.adata.n_vars), m1_domain_fn=keep_mean, delta=1.0):
             pass
-        delta, said = (estimate_delta(lfc_means=np.concatenate(means)) for _ in range(2))
+        delta, said = (_estimate_delta(lfc_means=np.concatenate(means)) for _ in range(2))
         return lambda samples: (samples >= delta, samples < -delta), said
 
 

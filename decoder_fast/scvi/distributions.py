@@ -9,16 +9,18 @@ import torch
 from scvi import distributions as scvi_distributions
 from torch import Tensor
 
-from ..lazy import LazyExp, LazyExpanded, LazyRows, LazyTensor, real, summed_dim, version
 from .decoder import Decoded, LazyOutput
+from .lazy import LazyExp, LazyExpanded, LazyRows, LazyTensor, real, summed_dim, version
 
 
 def _dispersion(theta: Tensor) -> dict[str, Any] | None:
-    """Trace ``theta = exp(px_r)`` to the arguments of ``hidden_loss``; None if it cannot be."""
-    while isinstance(theta, LazyExpanded):
+    """Trace ``theta = exp(px_r)`` to the arguments of ``_hidden_loss``; None if it cannot be."""
+    while isinstance(theta, LazyExpanded) and not theta.changed():
         theta = theta.source
     if isinstance(theta, LazyExp):
         px_r = theta.source
+        if theta.changed() or px_r.changed():
+            return None
         if isinstance(px_r, LazyRows) and px_r.labels.dim() == 1:
             return {"dispersion": "gene-batch", "px_r": px_r.table, "px_r_index": px_r.labels}
         if isinstance(px_r, LazyOutput) and px_r.output == "px_r":
@@ -32,7 +34,7 @@ def _dispersion(theta: Tensor) -> dict[str, Any] | None:
 def _traced(
     likelihood: str, mean: Any, theta: Any, zi_logits: Any
 ) -> tuple[Decoded, dict[str, Any]] | None:
-    """Trace lazy parameters to what the decoder computed, and to the arguments of ``hidden_loss``.
+    """Trace lazy parameters to what the decoder computed, and to the arguments of ``_hidden_loss``.
 
     None if they cannot be traced back.
     """
@@ -55,7 +57,7 @@ def _traced(
 
 
 def _counts(x: Tensor) -> Tensor | None:
-    """Return the counts as CSR if it is at hand; None if ``hidden_loss`` does not take them."""
+    """Return the counts as CSR if it is at hand; None if ``_hidden_loss`` does not take them."""
     csr: Tensor | None = getattr(x, "csr", None)
     if isinstance(x, LazyTensor):
         unchanged = not x.changed()
@@ -78,7 +80,7 @@ def reconstruction_loss(
     counts = _counts(x)
     if counts is None or torch.promote_types(counts.dtype, mean.dtype) != mean.dtype:
         return None  # of float64 counts scvi-tools makes a loss in float64
-    return decoded.decoder.hidden_loss(
+    return decoded.decoder._hidden_loss(
         counts, decoded.hidden, decoded.library, likelihood=likelihood, **dispersion
     )
 
@@ -137,7 +139,7 @@ class CellsLikelihood:
         out = self.parts[0][1].new_empty(self.shape.numel())
         dispersion = self.dispersion["dispersion"]
         for where, hidden, px_r in self.parts:
-            out[where] = self.decoder.hidden_loss(
+            out[where] = self.decoder._hidden_loss(
                 getattr(x, "csr", x),
                 hidden,
                 self.mu.log().reshape(1, 1, 1),
@@ -259,13 +261,10 @@ class FusedNormal(_FusedDistribution, scvi_distributions.Normal):
 
 
 _FUSED_DISTRIBUTIONS: dict[type, type] = {
-    cls.__mro__[2]: cls
-    for cls in (
-        FusedNegativeBinomial,
-        FusedZeroInflatedNegativeBinomial,
-        FusedPoisson,
-        FusedNormal,
-    )
+    scvi_distributions.NegativeBinomial: FusedNegativeBinomial,
+    scvi_distributions.ZeroInflatedNegativeBinomial: FusedZeroInflatedNegativeBinomial,
+    scvi_distributions.Poisson: FusedPoisson,
+    scvi_distributions.Normal: FusedNormal,
 }
 
 

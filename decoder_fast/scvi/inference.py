@@ -2,13 +2,14 @@
 
 scvi-tools' methods decode samples x cells x genes, and take the genes, cells or means that were
 asked for from there. Those here ask the same modules for the same random numbers, but have lazy
-outputs (:mod:`decoder_fast.lazy`) compute the genes and the samples of cells that are wanted, and
-add up samples rather than keep them. What they do not cover goes on to scvi-tools' own methods.
+outputs (:mod:`decoder_fast.scvi.lazy`) compute the genes and the samples of cells that are wanted,
+and add up samples rather than keep them. What they do not cover goes on to scvi-tools' own methods.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
@@ -17,15 +18,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scvi.distributions._utils import DistributionConcatenator
 from scvi.model.base import RNASeqMixin
 from scvi.utils import track
 from torch import Tensor
 
-from ..lazy import LazyExpanded, real, rows, samples
 from .decoder import joined
 from .distributions import CellsLikelihood
+from .lazy import LazyExpanded, real, rows, samples
 from .module import FusedModule
+
+
+def private(module: str, name: str) -> Any:
+    """Return what scvi-tools has for itself; None where it has come to be elsewhere."""
+    try:
+        return getattr(importlib.import_module(f"scvi.{module}"), name, None)
+    except ImportError:
+        return None
+
+
+_batch_codes = private("model._utils", "_get_batch_code_from_category")
+_DistributionConcatenator = private("distributions._utils", "DistributionConcatenator")
 
 _NUMBERS = (int, float, np.integer, np.floating)
 
@@ -52,6 +64,9 @@ class FusedMethod:
 
     def __reduce__(self) -> Any:
         return type(self), (self.model,)
+
+    def __repr__(self) -> str:
+        return f"<fused {self.__wrapped__!r}>"
 
     @classmethod
     def replaces(cls, model: Any) -> bool:
@@ -103,7 +118,8 @@ class FusedNormalizedExpression(FusedMethod):
         """Whether means over samples, or samples of any cells, are wanted."""
         weighted = said.weights == "importance"
         if (
-            not (said.weights in (None, "uniform") or weighted)
+            _batch_codes is None
+            or not (said.weights in (None, "uniform") or weighted)
             or not (said.library_size == "latent" or isinstance(said.library_size, _NUMBERS))
             or not isinstance(said.n_samples, int)
         ):
@@ -121,7 +137,8 @@ class FusedNormalizedExpression(FusedMethod):
     def _weighs(self, model: Any, said: Any) -> bool:
         """Whether importance weights are those that :class:`CellsLikelihood` is for."""
         return (
-            type(model).get_importance_weights is RNASeqMixin.get_importance_weights
+            _DistributionConcatenator is not None
+            and type(model).get_importance_weights is RNASeqMixin.get_importance_weights
             and getattr(model.module, "gene_likelihood", None) in ("nb", "zinb")
             # scvi-tools refuses several batches, and other sizes change its weights.
             and np.size(said.transform_batch) == 1
@@ -183,9 +200,6 @@ class _Asked:
         self.latent = said.library_size == "latent"
         if self.loader is not None:
             return
-        # Not before it is needed: scvi-tools may come to have it elsewhere.
-        from scvi.model._utils import _get_batch_code_from_category
-
         self.adata = adata = model._validate_anndata(said.adata)
         self.indices = np.arange(adata.n_obs) if said.indices is None else said.indices
         self.loader = model._make_data_loader(
@@ -195,7 +209,7 @@ class _Asked:
             **(said.data_loader_kwargs or {}),
         )
         manager = model.get_anndata_manager(adata, required=True)
-        self.batches = _get_batch_code_from_category(manager, said.transform_batch)
+        self.batches = _batch_codes(manager, said.transform_batch)
         if said.gene_list is not None:
             self.genes = np.flatnonzero(adata.var_names.isin(said.gene_list))
         self.index = adata.obs_names[self.indices]
@@ -276,7 +290,7 @@ class _Weighted:
         self.n_samples = n_samples
         self.expressions: list[Tensor] = []
         self.latents: list[Tensor] = []
-        self.posteriors = DistributionConcatenator()
+        self.posteriors = _DistributionConcatenator()
         self.decoded: list[Any] = []
 
     def add(self, tensors: Any, batch: Any, latent: bool) -> None:
@@ -292,7 +306,7 @@ class _Weighted:
         axis = 1 if self.n_samples > 1 else 0
         px: Any = CellsLikelihood.of(self.decoded)
         if px is None:
-            stored = DistributionConcatenator()
+            stored = _DistributionConcatenator()
             for one in self.decoded:
                 stored.store_distribution(one)
             px = stored.get_concatenated_distributions(axis=axis)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import native
-from ..cpp.csr import canonical_parts
-from ..lazy import LazyCounts, LazyOneHots
-from ..reference.counts import canonical_csr
+from ..backends import choose
+from ..ops._common import canonical_csr
 from .decoder import lazy_outputs
 from .distributions import fuse_distributions, reconstruction_loss
+from .lazy import LazyCounts, LazyOneHots
 
 
 class FusedModule:
@@ -54,11 +53,17 @@ def is_csr(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.sparse_csr
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has wrapped a module."""
+    return hasattr(module, "_orig_mod")
+
+
 def canonical(csr: Tensor) -> Tensor:
     """Sort the columns of a CSR tensor within its rows and sum duplicates, if it needs that."""
-    if csr.device.type == "cpu" and native.reason() is None and canonical_parts(csr) is not None:
+    backend = choose("csr_linear", device=csr.device).backend
+    parts = canonical_csr(csr, backend)
+    if parts[2].data_ptr() == csr.values().data_ptr():
         return csr
-    parts = canonical_csr(csr)
     return torch.sparse_csr_tensor(*parts, size=csr.shape, check_invariants=False)
 
 

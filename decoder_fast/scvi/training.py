@@ -82,6 +82,32 @@ def _fused_training_plan(stock_class: type, cuda_graph: bool) -> type:
     return FusedTrainingPlan
 
 
+_MORE_OF_TRAIN = """\
+Of a fused model (decoder_fast):
+
+load_sparse_tensor
+    Hand over counts that AnnData holds in CSR as CSR. Here the default is ``True``.
+cuda_graph
+    On an NVIDIA GPU record a whole training step and replay it for every mini-batch of the same
+    size. Where steps cannot be recorded, a warning says why and training goes on without.
+"""
+
+
+def _signature(train: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of ``model.train``, as it is for a fused model."""
+    signature = inspect.signature(train)
+    parameters = [
+        p.replace(default=True) if p.name == "load_sparse_tensor" else p
+        for p in signature.parameters.values()
+    ]
+    graph = inspect.Parameter(
+        "cuda_graph", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool"
+    )
+    rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    parameters = [*parameters[: len(parameters) - len(rest)], graph, *rest]
+    return signature.replace(parameters=parameters)
+
+
 class FusedTrain:
     """``model.train`` of a fused model: that of its class, its parts replaced by fused ones."""
 
@@ -89,10 +115,15 @@ class FusedTrain:
 
     def __init__(self, model: Any) -> None:
         functools.update_wrapper(self, types.MethodType(type(model).train, model))
+        self.__signature__ = _signature(self.__wrapped__)
+        self.__doc__ = f"{inspect.getdoc(self.__wrapped__) or ''}\n\n{_MORE_OF_TRAIN}"
 
     def __reduce__(self) -> Any:
         # A bound method is pickled by its name, and by that name the model has this.
         return type(self), (self.__wrapped__.__self__,)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"<fused {self.__wrapped__!r}>"
 
     def __call__(self, *args: Any, cuda_graph: bool = False, **kwargs: Any) -> Any:
         """Train the model; what the model's own ``train`` does not know is ``cuda_graph``."""

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .ops._common import check_labels
-from .ops.csr_linear import csr_linear
-from .reference.csr_linear import dense
+from ..ops._common import check_labels
+from ..ops.csr_linear import csr_linear
+from ..reference.csr_linear import dense
 
 __all__ = [
+    "LazyCheck",
     "LazyColumns",
     "LazyCounts",
     "LazyExp",
@@ -49,6 +50,7 @@ _METADATA = frozenset(
 _UNSEEN = frozenset(
     [Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__]  # type: ignore[attr-defined]
 )
+_ALL = frozenset([torch.all, Tensor.all, torch._is_all_true])
 
 
 class LazyTensor(Tensor):
@@ -130,11 +132,14 @@ class LazyTensor(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, LazyTensor) and not leaf.changed():
-                answer = leaf.intercept(func, args, kwargs)
-                if answer is not NotImplemented:
-                    return answer
+        lazy = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)]
+        if any(leaf.changed() for leaf in lazy):
+            args, kwargs = tree_map(_real_if_changed, (args, kwargs))
+            lazy = [leaf for leaf in lazy if not leaf.changed()]
+        for leaf in lazy:
+            answer = leaf.intercept(func, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
         args, kwargs = tree_map(real, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -161,6 +166,10 @@ def version(value: Tensor) -> int:
 def real(value: Any) -> Any:
     """Return the values of a lazy tensor, and anything else as it is."""
     return value.materialise() if isinstance(value, LazyTensor) else value
+
+
+def _real_if_changed(value: Any) -> Any:
+    return real(value) if isinstance(value, LazyTensor) and value.changed() else value
 
 
 def samples(value: Tensor, start: int, stop: int) -> Tensor:
@@ -320,6 +329,22 @@ def broadcast(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         return NotImplemented
     shape = torch.broadcast_shapes(*(t.shape for t in args))
     return [LazyExpanded.of(t, shape) for t in args]
+
+
+class LazyCheck(LazyTensor):
+    """A comparison that distributions make to check a parameter, known to hold of all numbers."""
+
+    comparison: Callable[[], Tensor]
+
+    def compute(self) -> Tensor:
+        """Compute the values."""
+        return self.comparison()
+
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Answer whether it holds of all."""
+        if func in _ALL and len(args) == 1 and not kwargs:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        return NotImplemented
 
 
 class LazyOneHot(LazyTensor):
