@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,10 @@ BEGIN, END = "<!-- benchmarks: python -m bench.readme -->\n", "<!-- end of the b
 
 def section(folder: Path) -> str:
     """What the README shows of one folder of results."""
-    title, *lines = (folder / TABLE).read_text().splitlines()
+    text = (folder / TABLE).read_text()
+    title, *lines = text.splitlines()
+    if found := re.search(r"cpu_capability (\w+)", text):
+        title = f"{found[1]}: {title}"
     where = folder.relative_to(ROOT).as_posix()
     table = "\n".join(line for line in lines if line.startswith("|"))
     plots = "\n".join(
@@ -25,7 +29,10 @@ def section(folder: Path) -> str:
         for kind, name in PLOTS.items()
         if (folder / name).exists()
     )
-    return f"**{title}** ([details]({where}/{TABLE}))\n\n{table}\n\n{plots}\n"
+    return (
+        f"**{title}** ([details]({where}/{TABLE}))\n\n{plots}\n\n"
+        f"<details><summary>The table</summary>\n\n{table}\n\n</details>\n"
+    )
 
 
 def updated(readme: str) -> str:

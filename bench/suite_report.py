@@ -205,7 +205,7 @@ class Report:
     def _draw(self, kind: str, path: Path) -> None:
         """Draw bars by shape, a panel for each thing that was measured."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import NullFormatter, ScalarFormatter
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         if kind == "times faster":
             names, label = ALTERNATIVES[:-1], "times faster than"
@@ -218,12 +218,16 @@ class Report:
             def height(row: Row, name: str) -> float | None:
                 return row.peak_bytes[name] / 1e6 if name in row.peak_bytes else None
 
+        names = tuple(n for n in names if any(height(row, n) for row in self.rows)) or names
         panels: dict[str, list[Row]] = {}
         for row in self.rows:
             panels.setdefault(row.what, []).append(row)
         figure = Figure(figsize=(9, 1.2 + 2.2 * len(panels)), layout="constrained")
         for axes, (what, rows) in zip(
-            figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True
+            # one scale for all, so that bars of one height mean one thing
+            figure.subplots(len(panels), squeeze=False, sharey=True)[:, 0],
+            panels.items(),
+            strict=True,
         ):
             width, base = 0.8 / len(names), 1 if kind == "times faster" else 0
             axes.set_yscale("log")
@@ -247,7 +251,9 @@ class Report:
             axes.set_xlim(-0.5, len(rows) - 0.5)
             axes.set_xticks(range(len(rows)), [row.shape.name for row in rows])
             axes.set_title(what, fontsize=10, loc="left")
-            axes.yaxis.set_major_formatter(ScalarFormatter())
+            subs = (1, 2, 5) if kind == "times faster" else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs))
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
