@@ -61,6 +61,17 @@ def _missing_triton() -> str | None:
         return "the package triton is not installed (pip install triton; Linux with a GPU only)"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # compiles what Triton talks to the GPU with
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        return (
+            f"triton does not start here ({type(error).__name__}: {line}); it needs a C compiler "
+            "and Python's headers ('apt install gcc python3-dev', or "
+            "'conda install -c conda-forge gcc_linux-64')"
+        )
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1216,6 +1217,15 @@ def test_bad_input(change, kind, parts, backend):
         count_nll(**(arguments | change))
     for part in parts:
         assert part in str(raised.value)
+
+
+def test_tiles_are_large_where_each_launch_costs():
+    for device, expected in (("cpu", 10), ("meta", 1)):
+        inputs = SimpleNamespace(
+            hidden=torch.empty(1, 128, 1, device=device),
+            scale_weight=torch.empty(20_000, 1, device=device),
+        )
+        assert len(list(tiled.Inputs.gene_tiles(inputs, slice(0, 128)))) == expected
 
 
 def test_messages_that_a_gpu_takes(monkeypatch):

@@ -19,6 +19,7 @@ lightning = pytest.importorskip("lightning", reason="it comes with scvi-tools")
 from decoder_fast import backends, fuse  # noqa: E402
 from decoder_fast.datasets import simulate_atlas  # noqa: E402
 from decoder_fast.scvi import cuda_graph  # noqa: E402
+from decoder_fast.scvi.decoder import FusedDecoderSCVI  # noqa: E402
 
 SCVI = scvi.model.SCVI
 N_CELLS, BATCH_SIZE = 200, 64  # three mini-batches of an epoch are whole, one is smaller
@@ -200,14 +201,15 @@ class Owner:
 
     def loss(self, batch, options):
         self.calls += 1
-        assert batch["labels"] is None and batch["X"].layout is torch.strided
+        assert batch["X"].layout is torch.strided
+        assert batch["labels"] is None and batch.get("n", 3) == 3
         loss = options["weight"] * self.module(batch["X"]).sum()
         return scvi.module.base.LossOutput(loss=loss, n_obs_minibatch=len(batch["X"]))
 
 
 @pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_batches_of_a_data_module(recorder, layout, monkeypatch):
-    """CSR tensors, parts that are missing, and a weight that is a Python number."""
+    """CSR tensors, parts that are missing or no tensors, and a weight that is a Python number."""
     torch.manual_seed(0)
     owner = Owner()
     plain = copy.deepcopy(owner)
@@ -220,7 +222,7 @@ def test_batches_of_a_data_module(recorder, layout, monkeypatch):
         with monkeypatch.context() as patch:
             if recorder.recordings:  # such a copy from the host would wait
                 patch.setattr(torch, "tensor", None)
-            output = graph({"X": handed, "labels": None}, dict(options))
+            output = graph({"X": handed, "labels": None, "n": 3}, dict(options))
         # The last step before the recording runs as it will: that compiles its kernels.
         assert (output is None) == (i < cuda_graph.WARM_UP - 1)
         assert owner.calls == max(0, i + 2 - cuda_graph.WARM_UP) + recorder.recordings
@@ -252,7 +254,7 @@ def test_a_recording_that_fails(atlas, recorder, monkeypatch):
     same(graphed, trained(atlas))
 
 
-def test_a_recording_that_fails_leaves_the_generator_as_it_was(monkeypatch):
+def test_a_recording_that_fails_leaves_generator_and_allocator_as_they_were(monkeypatch):
     class Generator:
         state = "usual"
 
@@ -272,10 +274,14 @@ def test_a_recording_that_fails_leaves_the_generator_as_it_was(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    ended = []
+    end = "_cuda_endAllocateToPool"
+    monkeypatch.setattr(torch._C, end, lambda *pool: ended.append(pool), raising=False)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match="not permitted"):
         cuda_graph.record(fails)
-    assert generator.state == "usual"
+    assert generator.state == "usual" and ended == [(1, (0, 7))]
 
 
 def test_the_weight_is_copied_from_the_host_once_an_epoch(atlas, recorder, monkeypatch):
@@ -327,6 +333,13 @@ def test_reasons_against_it(atlas, recorder, monkeypatch, train, reason):
         monkeypatch.setattr(torch, "compile", lambda module, **_: Compiled(module))
     with pytest.warns(UserWarning, match=f"cuda_graph=True has no effect: .*{reason}"):
         trained(atlas, {"cuda_graph": True}, max_epochs=1, **train)
+    assert recorder.recordings == 0
+
+
+def test_a_loss_in_plain_pytorch_is_a_reason_against_it(atlas, recorder, monkeypatch):
+    monkeypatch.setattr(FusedDecoderSCVI, "_unfused_heads", lambda self: "px_r_decoder has hooks")
+    with pytest.warns(UserWarning, match="no effect: its loss runs in plain PyTorch.*has hooks"):
+        trained(atlas, {"cuda_graph": True}, max_epochs=1)
     assert recorder.recordings == 0
 
 

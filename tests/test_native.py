@@ -91,6 +91,29 @@ def assert_unavailable(*parts: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_a_triton_that_does_not_start(monkeypatch):
+    """Without a C compiler, say: a reason, where stock scvi-tools trains all the same."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(driver), "active", property(lambda self: Driver()))
+    backends._missing_triton.cache_clear()
+    backends._choose.cache_clear()
+    try:
+        choice = backends.choose("count_nll", device=torch.device("cuda"))
+    finally:
+        backends._missing_triton.cache_clear()
+        backends._choose.cache_clear()
+    assert choice.backend == "torch"
+    reason = choice.reasons["triton"]
+    assert "does not start here (RuntimeError: Failed to find C compiler.); it needs" in reason
+
+
 @pytest.mark.parametrize(
     ("capability", "hip", "old"),
     [((7, 5), None, True), ((8, 0), None, False), ((12, 0), None, False), ((7, 0), "6.4", False)],

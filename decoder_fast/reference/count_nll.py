@@ -19,6 +19,8 @@ from .log_prob import Terms, at_nonzero, at_zero, wide_dtype
 
 #: Elements of a tile (cells x genes): a few temporaries of it stay in the cache of a CPU core.
 TILE = 1 << 18
+#: Elsewhere a tile is large: each takes hundreds of launches, and waits for the device.
+_LARGE_TILE = 1 << 24
 _MAX_ROWS = 2048
 
 
@@ -56,7 +58,8 @@ class Inputs:
         """Tiles of genes for a block of cells."""
         rows = self.hidden.shape[0] * (cells.stop - cells.start)
         n_genes = self.scale_weight.shape[0]
-        step = max(16, TILE // max(1, rows))
+        tile = TILE if self.hidden.device.type == "cpu" else _LARGE_TILE
+        step = max(16, tile // max(1, rows))
         for g0 in range(0, n_genes, step):
             yield slice(g0, min(g0 + step, n_genes))
 

@@ -19,6 +19,8 @@ import torch
 from scvi import train
 from torch import Tensor
 
+from ..backends import choose
+from .decoder import FusedDecoderSCVI
 from .lazy import LazyCounts, real
 from .module import canonical, is_compiled, is_csr
 
@@ -34,18 +36,24 @@ def record(step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     tuple
         What replays it, and the function's result: tensors that every replay fills anew.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = generator.clone_state()
     try:
         # Threads that load the next mini-batch may go on with their own calls meanwhile.
         with torch.cuda.graph(
-            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            graph,
+            pool=pool,
+            stream=torch.cuda.current_stream(),
+            capture_error_mode="thread_local",
         ):
             result = step()
     except Exception:
-        # Left as it is in a recording, it would refuse the next random numbers.
+        # Left as they are in a recording, the one would refuse the next random numbers, the other
+        # to give memory back.
         generator.graphsafe_set_state(before)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)  # type: ignore[attr-defined]
         raise
     return graph.replay, result
 
@@ -83,6 +91,8 @@ class StepGraph:
     ) -> None:
         self._loss = loss
         self._optimizer = optimizer
+        # torch's advice against steps that are not recorded, of which there are a few.
+        optimizer._warned_capturable_if_run_uncaptured = True
         self._seen: Counter[Hashable] = Counter()  # mini-batches, by shape
         self._recorded: tuple[Hashable, ...] | None = None
         self._replay: Callable[[], None] = lambda: None
@@ -97,7 +107,8 @@ class StepGraph:
         Parameters
         ----------
         batch
-            A mini-batch as scvi-tools' loaders make it: tensors, None for what there is not.
+            A mini-batch as scvi-tools' loaders make it: tensors, None for what there is not. What
+            else a data module puts there is a constant of the recording.
         options
             Options of the loss. Numbers that are not whole may change from step to step.
 
@@ -110,7 +121,7 @@ class StepGraph:
         if self._failed:
             return None
         shapes = tuple(
-            (key, value if value is None else (tuple(value.shape), value.dtype))
+            (key, (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value)
             for key, value in batch.items()
         )
         constants = (
@@ -148,7 +159,7 @@ class StepGraph:
     def _fill(self, batch: dict[str, Tensor | None], options: dict[str, Any]) -> None:
         for key, value in batch.items():
             to = self._batch[key]
-            if value is not None and to is not None:
+            if isinstance(value, Tensor) and to is not None:
                 # Counts in CSR become dense on the device.
                 to.copy_(real(LazyCounts.of(canonical(value)) if is_csr(value) else value))
         for key, value in options.items():
@@ -161,12 +172,12 @@ class StepGraph:
         """Make our own copy of the mini-batch and the options, for the step to read."""
         self.release()
         self._batch = {
-            key: value
-            if value is None
-            else torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            key: torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            if isinstance(value, Tensor)
+            else value
             for key, value in batch.items()
         }
-        device = next(value.device for value in batch.values() if value is not None)
+        device = next(value.device for value in batch.values() if isinstance(value, Tensor))
         self._options = {
             key: torch.empty_like(value)
             if isinstance(value, Tensor)
@@ -335,6 +346,15 @@ def why_not(plan: Any) -> str | None:
             return f"{base.__name__} has a {min(own)} of its own, which may do more than one step"
     if getattr(plan.module, "gene_likelihood", None) == "normal":
         return "the likelihood 'normal' has no fused kernel, and in plain PyTorch its loss waits"
+    for decoder in plan.module.modules():
+        if not isinstance(decoder, FusedDecoderSCVI):
+            continue
+        reason = decoder._unfused_heads()
+        if reason is None and plan.device.type == "cuda":
+            dtype = decoder.px_r_decoder.weight.dtype
+            reason = choose("count_nll", device=plan.device, dtype=dtype).reasons.get("triton")
+        if reason is not None:
+            return f"its loss runs in plain PyTorch, and waits there: {reason}"
     if is_compiled(plan.module):
         return "the module was compiled, and torch.compile(mode='reduce-overhead') makes its own"
     if trainer.precision != "32-true":
