@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--n-latent": {"type": _at_least(1), "default": 10, "help": "latent dimensions"},
         "--n-layers": {"type": _at_least(1), "default": 1, "help": "hidden layers"},
         "--n-hidden": {"type": _at_least(1), "default": 128, "help": "units of a hidden layer"},
-        "--max-epochs": {"type": _at_least(1), "help": "passes over all cells"},
+        "--max-epochs": {"type": _at_least(1), "help": "(default: scvi-tools' choice)"},
         "--batch-size": {"type": _at_least(2), "default": 128, "help": "cells of a mini-batch"},
         "--seed": {"type": _at_least(0), "default": 0, "help": "of all random numbers"},
         "--accelerator": {
@@ -126,10 +126,11 @@ def _parser() -> argparse.ArgumentParser:
             "default": "auto",
             "help": "what to train on",
         },
-        "--threads": {"type": _at_least(1), "help": "of the CPU"},
+        "--threads": {"type": _at_least(1), "help": "of the CPU (default: torch's choice)"},
     }
     for name, option in options.items():
-        option["help"] += f" (default: {option.get('default', 'by what there is')})"
+        if "default" in option:
+            option["help"] += f" (default: {option['default']})"
         if "choices" in option:
             option["help"] = f"{', '.join(option['choices'])}: {option['help']}"
             option["metavar"] = "NAME"

@@ -154,6 +154,7 @@ class FCLayers(nn.Module):
     """
 
     use_fused: bool = True
+    _input_name = "x"  # in errors
 
     def __init__(
         self,
@@ -224,16 +225,16 @@ class FCLayers(nn.Module):
                     if layer.bias is not None:
                         self.hooks.append(layer.bias.register_hook(torch.zeros_like))
 
-    def _check_input(self, name: str, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> None:
         """Refuse what does not fit the first layer, in words that are not the layer's."""
-        check_tensors(**{name: x})
+        check_tensors(**{self._input_name: x})
         linear = next(self.fc_layers[0].children(), None)  # type: ignore[arg-type]
         if not isinstance(linear, nn.Linear):
             return
         n_in = linear.in_features - self.n_cov
         if x.dim() == 0 or x.shape[-1] != n_in:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, expected (cells, {n_in}) or "
+                f"{self._input_name} has shape {tuple(x.shape)}, expected (cells, {n_in}) or "
                 f"(samples, cells, {n_in})"
             )
 
@@ -290,15 +291,16 @@ class FCLayers(nn.Module):
         TypeError
             If a covariate has a dtype that does not fit.
         """
-        self._check_input("x", x)
         categories = self._categories(cat_list)
-        if not self.use_fused or x.dim() not in (2, 3):
+        if not self.use_fused or not isinstance(x, Tensor) or x.dim() not in (2, 3):
             return self._forward_eager(x, categories, cont)
         layers = []
         for layer in self.fc_layers:
             if isinstance(parts := _take_apart(layer), str):
                 return self._forward_eager(x, categories, cont)
             layers.append(parts)
+        if layers and x.shape[-1] != layers[0].linear.in_features - self.n_cov:
+            self._check_input(x)
         tensors = [cat for cat, _ in categories]
         n_cats = [n_cat for _, n_cat in categories]
         for i, parts in enumerate(layers):
@@ -341,6 +343,7 @@ class FCLayers(nn.Module):
         Covariates are one-hot matrices, concatenated to the input of each layer; or lookups, where
         ``use_fused`` allows them and the linear maps do.
         """
+        self._check_input(x)
         covariates = [] if cont is None else [cont]
         look_up = self.use_fused and x.dim() in (2, 3) and self._has_plain_linears()
         if not look_up:
@@ -470,6 +473,7 @@ class DecoderSCVI(nn.Module):
             use_fused=use_fused,
             **kwargs,
         )
+        self.px_decoder._input_name = "z"
         self.px_scale_decoder = nn.Sequential(
             nn.Linear(n_hidden, n_output),
             nn.Softmax(dim=-1) if scale_activation == "softmax" else nn.Softplus(),
@@ -531,16 +535,11 @@ class DecoderSCVI(nn.Module):
             If ``z`` is not a tensor, or a covariate has a dtype that does not fit.
         """
         check_option("dispersion", dispersion, DISPERSIONS)
-        self._check_latent(z)
         px = self.px_decoder(z, *cat_list)
         px_scale, px_rate = self._scale_and_rate(px, library)
         px_dropout = self.px_dropout_decoder(px)
         px_r = self.px_r_decoder(px) if dispersion == "gene-cell" else None
         return px_scale, px_r, px_rate, px_dropout
-
-    def _check_latent(self, z: Tensor) -> None:
-        if isinstance(self.px_decoder, FCLayers):
-            self.px_decoder._check_input("z", z)
 
     def _scale_and_rate(self, px: Tensor, library: Tensor) -> tuple[Tensor, Tensor]:
         if (
@@ -611,7 +610,6 @@ class DecoderSCVI(nn.Module):
         check_option("dispersion", dispersion, DISPERSIONS)
         if likelihood != "poisson":
             _check_px_r(dispersion, px_r, px_r_index)
-        self._check_latent(z)
         hidden = self.px_decoder(z, *cat_list)
         return self._hidden_loss(
             x,
@@ -748,7 +746,8 @@ class DecoderSCVI(nn.Module):
             If ``z`` is not a tensor.
         """
         check_option("likelihood", likelihood, LIKELIHOODS)
-        self._check_latent(z)
+        if isinstance(self.px_decoder, FCLayers):
+            self.px_decoder._check_input(z)
         dtype = compute_dtype(z, self.px_r_decoder.weight)
 
         def step(operation: str, reason: str | None, likelihood: str | None = None) -> Choice:

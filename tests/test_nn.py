@@ -584,8 +584,8 @@ def test_what_is_not_a_latent_representation(use_fused):
         decoder("gene", z.numpy(), library, cats)
     with pytest.raises(TypeError, match="dispersion is a Tensor, expected one of 'gene'"):
         decoder(z, library, cats)
-    with pytest.raises(ValueError, match=rf"x has shape \(5, {L + 1}\)"):
-        decoder.px_decoder(z, cats)
+    with pytest.raises(ValueError, match=r"x has shape \(5, 3\), expected \(cells, 4\)"):
+        FCLayers(4, 6, use_fused=use_fused)(torch.zeros(5, 3))
 
 
 @pytest.mark.parametrize(
